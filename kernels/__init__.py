@@ -1,0 +1,1 @@
+"""Triton kernels of moe-gpu. Installs and imports only as ``moe_gpu.kernels``."""

@@ -1,0 +1,314 @@
+"""The fused route kernel: one launch from logits to ids, weights, state and paging requests.
+
+Each program routes tiles of BLOCK_T rows and adds what they chose, per expert, to vectors of
+its own. A call of one tile finishes from those vectors. In a larger call every program adds
+them to the scratch with relaxed integer atomics, takes a ticket, and the last one finishes and
+leaves the scratch zero. Integer sums and bit sets commute, and affinity is aged in token order
+from the bit sets, so the results do not depend on the grid, the tile or the timing.
+
+Scratch, int32: ticket, then per expert the executed count, the swapped-away count, and one
+word per CHUNK of 32 tokens whose bit t says that token t chose the expert.
+"""
+
+import triton
+import triton.language as tl
+
+from . import layout
+from ._select import (
+    EXACT,
+    FLOAT32_MAX,
+    MASS,
+    NONFINITE,
+    RANGE_BONUS,
+    TAKEN,
+    by_score,
+    demand_of,
+    finite_or_zero,
+    key_score,
+    masses_of,
+    mixing_weights_of,
+    order_key,
+    outbids,
+    sum_of,
+    swap_within_budget,
+    take_biased_best,
+)
+
+CHUNK = tl.constexpr(layout.CHUNK)
+SCRATCH_HEADER = tl.constexpr(layout.SCRATCH_HEADER)
+
+_TOKENS = tl.constexpr(layout.TOKENS)
+_PAIRS = tl.constexpr(layout.PAIRS)
+_HITS = tl.constexpr(layout.HITS)
+_MISSES = tl.constexpr(layout.MISSES)
+_UNIQUE_MISSES = tl.constexpr(layout.UNIQUE_MISSES)
+_SWAPS = tl.constexpr(layout.SWAPS)
+_MOVED_MASS = tl.constexpr(layout.MOVED_MASS)
+_PADDED = tl.constexpr(layout.PADDED)
+_NUM_COUNTERS = tl.constexpr(layout.NUM_COUNTERS)
+_MOVED_MASS_ONE = tl.constexpr(layout.MOVED_MASS_ONE)
+_NONE = tl.constexpr(layout.PRIORITY_NONE)
+_URGENT = tl.constexpr(layout.PRIORITY_URGENT)
+_BACKGROUND = tl.constexpr(layout.PRIORITY_BACKGROUND)
+_RECORD_HEADER = tl.constexpr(layout.RECORD_HEADER)
+_RECORD_FIELDS = tl.constexpr(layout.RECORD_FIELDS)
+
+
+@triton.jit
+def _route_tile(
+    logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
+    block, T, num_valid, strength, missing_e, offs_e,
+    E: tl.constexpr, K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr,
+    RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Route BLOCK_T rows. Returns demand and executed (BLOCK_T, BLOCK_E), moved (BLOCK_T,)."""
+    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows_t = offs_t.to(tl.int64)
+    mask_t = offs_t < T
+    valid_t = offs_t < num_valid
+    mask_e = offs_e < E
+    mask_te = mask_t[:, None] & mask_e[None, :]
+
+    ptrs = logits_ptr + rows_t[:, None] * stride_lt + offs_e[None, :].to(tl.int64) * stride_le
+    scores_te = tl.load(ptrs, mask=mask_te, other=0.0).to(tl.float32)
+    all_te = tl.where(mask_e[None, :], order_key(scores_te), TAKEN)
+    code_te = tl.broadcast_to((offs_e * 2 + missing_e)[None, :], [BLOCK_T, offs_e.shape[0]])
+
+    demand_keys, demand_codes, left_te = demand_of(all_te, code_te, K)
+    demand_te = (left_te == TAKEN) & mask_e[None, :]
+    keys = demand_keys
+    codes = demand_codes
+    executed_te = demand_te
+    moved_t = tl.zeros([BLOCK_T], tl.float32)
+
+    if RULE != EXACT and J < K:
+        strength_t = tl.zeros([BLOCK_T], tl.float32) + tl.minimum(strength, FLOAT32_MAX)
+        may_t = valid_t & (strength_t > 0.0)  # a NaN, zero or negative strength never swaps
+        top_t = finite_or_zero(key_score(demand_keys[0]))
+        if RULE == MASS:
+            some_t = demand_codes[J] & 1
+            for k in tl.static_range(J + 1, K):
+                some_t = some_t | (demand_codes[k] & 1)
+            may_t = may_t & (some_t == 1)
+        else:
+            bonus_t = strength_t
+            if RULE == RANGE_BONUS:
+                finite_te = all_te > NONFINITE
+                low_t = key_score(tl.min(tl.where(finite_te, all_te, 2147483647), axis=1))
+                spread_t = tl.minimum(key_score(demand_keys[0]) - low_t, FLOAT32_MAX)
+                spread_t = tl.where(demand_keys[0] > NONFINITE, spread_t, 0.0)
+                bonus_t = tl.minimum(bonus_t * spread_t, FLOAT32_MAX)
+            may_t = may_t & outbids(left_te, code_te, demand_keys, demand_codes, bonus_t, K, J)
+        # one branch keeps the common case, everybody wanted is resident, at the price of none
+        if tl.max(may_t.to(tl.int32), axis=0) == 1:
+            masses = masses_of(demand_keys, top_t, K)
+            total_t = sum_of(masses, K)
+            if RULE == MASS:
+                missing_te = (code_te & 1) == 1
+                keys, codes = swap_within_budget(
+                    left_te, code_te, missing_te, demand_keys, demand_codes,
+                    top_t, total_t, strength_t, may_t, K, J,
+                )  # fmt: skip
+            else:
+                keys, codes = take_biased_best(
+                    all_te, code_te, demand_keys, demand_codes, bonus_t, may_t, K, J
+                )
+            executed_te = code_te == codes[0][:, None]
+            for k in tl.static_range(1, K):
+                executed_te = executed_te | (code_te == codes[k][:, None])
+            keys, codes = by_score(keys, codes, executed_te, all_te, code_te, K)
+            kept_t = sum_of(masses_of(keys, top_t, K), K)
+            lost_t = tl.maximum(total_t - kept_t, 0.0)
+            moved_t = lost_t / tl.where(total_t > 0.0, total_t, 1.0)
+
+    weights = mixing_weights_of(scores_te, all_te, keys, demand_keys, K, RENORMALIZE)
+    for k in tl.static_range(K):
+        w_t = tl.where(valid_t, weights[k], 0.0).to(weights_ptr.dtype.element_ty)
+        e_t = (codes[k] >> 1).to(ids_ptr.dtype.element_ty)
+        tl.store(weights_ptr + rows_t * stride_wt + k, w_t, mask=mask_t)
+        tl.store(ids_ptr + rows_t * stride_it + k, e_t, mask=mask_t)
+
+    live_te = valid_t[:, None] & mask_e[None, :]
+    moved_t = tl.where(valid_t, moved_t, 0.0)
+    return demand_te & live_te, executed_te & live_te, moved_t
+
+
+@triton.jit
+def _moved_units(moved_t):
+    return tl.sum((moved_t * _MOVED_MASS_ONE + 0.5).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _age(affinity_e, word_e, tokens, decay, boost, max_score):
+    """Age by up to 32 tokens, the lowest bit of ``word_e`` first."""
+    for t in range(0, tokens):
+        boost_e = tl.where(((word_e >> t) & 1) == 1, boost, 0.0)
+        affinity_e = tl.minimum(affinity_e * decay + boost_e, max_score)
+    return affinity_e
+
+
+@triton.jit
+def _finish(
+    affinity_ptr, activations_ptr, counters_ptr, record_ptr,
+    affinity_e, executed_e, swapped_e, moved_units, missing_e, offs_e,
+    T, num_valid, generation,
+    E: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Write the layer's state once all rows are routed; pointers are at the layer's row."""
+    mask_e = offs_e < E
+    tl.store(affinity_ptr + offs_e, affinity_e, mask=mask_e)
+
+    missing_e = missing_e == 1
+    chosen_e = mask_e & (executed_e > 0)
+    urgent_e = chosen_e & missing_e
+    background_e = mask_e & missing_e & (executed_e == 0) & (swapped_e > 0)
+    misses = tl.sum(tl.where(missing_e, executed_e, 0), axis=0)
+    tl.atomic_add(activations_ptr + offs_e, executed_e.to(tl.int64), mask=chosen_e, sem="relaxed")
+
+    offs_c = tl.arange(0, _NUM_COUNTERS)
+    pairs = num_valid.to(tl.int64) * K
+    added_c = tl.where(offs_c == _TOKENS, num_valid.to(tl.int64), 0)
+    added_c = tl.where(offs_c == _PAIRS, pairs, added_c)
+    added_c = tl.where(offs_c == _HITS, pairs - misses, added_c)
+    added_c = tl.where(offs_c == _MISSES, misses, added_c)
+    added_c = tl.where(offs_c == _UNIQUE_MISSES, tl.sum(urgent_e.to(tl.int32), axis=0), added_c)
+    added_c = tl.where(offs_c == _SWAPS, tl.sum(swapped_e, axis=0), added_c)
+    added_c = tl.where(offs_c == _MOVED_MASS, moved_units, added_c)
+    added_c = tl.where(offs_c == _PADDED, T - num_valid, added_c)
+    # one vector add: a scalar atomic would run once per thread
+    tl.atomic_add(counters_ptr + offs_c, added_c, mask=added_c != 0, sem="relaxed")
+
+    priority_e = tl.where(urgent_e, _URGENT, tl.where(background_e, _BACKGROUND, _NONE))
+    waiting_e = tl.where(urgent_e, executed_e, tl.where(background_e, swapped_e, 0))
+    count = tl.sum((priority_e != _NONE).to(tl.int32), axis=0)
+    row_ptr = record_ptr + _RECORD_HEADER + offs_e
+    tl.store(record_ptr, generation)
+    tl.store(record_ptr + 1, count)
+    tl.store(row_ptr, executed_e, mask=mask_e)
+    tl.store(row_ptr + E, waiting_e, mask=mask_e)
+    tl.store(row_ptr + 2 * E, priority_e, mask=mask_e)
+    tl.store(row_ptr + 3 * E, affinity_e.to(tl.int32, bitcast=True), mask=mask_e)
+    tl.store(record_ptr + _RECORD_HEADER + _RECORD_FIELDS * E, generation)
+
+
+@triton.jit(do_not_specialize=["T", "layer", "window"])
+def route_kernel(
+    logits_ptr, stride_lt, stride_le,  # (T, E) in, any float dtype
+    num_valid_ptr,                     # () int32 in, or None: every row counts
+    slot_of_ptr, strength_ptr,         # (L, E) int32, (L,) float32 in
+    weights_ptr, stride_wt,            # (T, K) out, unit stride along K
+    ids_ptr, stride_it,                # (T, K) out, unit stride along K
+    affinity_ptr, activations_ptr,     # (L, E) float32, (L, E) int64 in and out
+    counters_ptr, record_ptr,          # (L, C) int64, (L, R) int32 in and out
+    scratch_ptr,                       # int32, all zero between launches; unused with ONE_TILE
+    T, layer, window,
+    decay, boost, max_score,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    J: tl.constexpr,             # protected ranks, <= K
+    RULE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,   # softmax over the executed, else over all experts
+    FROM_DEMAND: tl.constexpr,   # affinity follows the demand, else the executed experts
+    BLOCK_T: tl.constexpr,       # rows per tile, divides CHUNK
+    BLOCK_E: tl.constexpr,       # next power of two >= E
+    ONE_TILE: tl.constexpr,      # T <= BLOCK_T and one program: no ticket, no scratch
+):  # fmt: skip
+    pid = tl.program_id(0)
+    offs_e = tl.arange(0, BLOCK_E)
+    mask_e = offs_e < E
+    layer = layer.to(tl.int64)
+    slot_e = tl.load(slot_of_ptr + layer * E + offs_e, mask=mask_e, other=0)
+    missing_e = (slot_e < 0).to(tl.int32)
+    strength = 0.0
+    if RULE != EXACT:
+        strength = tl.load(strength_ptr + layer)
+    num_valid = T
+    if num_valid_ptr is not None:
+        num_valid = tl.maximum(tl.minimum(tl.load(num_valid_ptr), T), 0)
+    RECORD: tl.constexpr = _RECORD_HEADER + _RECORD_FIELDS * E + 1
+    affinity_ptr += layer * E
+    activations_ptr += layer * E
+    counters_ptr += layer * _NUM_COUNTERS
+    record_ptr += layer * RECORD
+
+    # read early and volatile: read last, they would add a memory round trip to the tail
+    generation = tl.load(record_ptr, volatile=True) + 1
+    if ONE_TILE:
+        affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
+        demand_te, executed_te, moved_t = _route_tile(
+            logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
+            pid, T, num_valid, strength, missing_e, offs_e,
+            E, K, J, RULE, RENORMALIZE, BLOCK_T,
+        )  # fmt: skip
+        chosen_te = executed_te
+        if FROM_DEMAND:
+            chosen_te = demand_te
+        bit_t = 1 << tl.arange(0, BLOCK_T)
+        word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
+        affinity_e = _age(affinity_e, word_e, num_valid, decay, boost, max_score)
+        _finish(
+            affinity_ptr, activations_ptr, counters_ptr, record_ptr,
+            affinity_e,
+            tl.sum(executed_te.to(tl.int32), axis=0),
+            tl.sum((demand_te & (executed_te == 0)).to(tl.int32), axis=0),
+            _moved_units(moved_t), missing_e, offs_e, T, num_valid, generation, E, K,
+        )  # fmt: skip
+    else:
+        first_chunk = tl.maximum(num_valid - window, 0) // CHUNK
+        executed_ptr = scratch_ptr + SCRATCH_HEADER + offs_e
+        words_ptr = scratch_ptr + SCRATCH_HEADER + 2 * E
+        executed_e = tl.zeros([BLOCK_E], tl.int32)
+        swapped_e = tl.zeros([BLOCK_E], tl.int32)
+        moved_units = tl.zeros([1], tl.int64)
+        for block in range(pid, tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
+            demand_te, executed_te, moved_t = _route_tile(
+                logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
+                block, T, num_valid, strength, missing_e, offs_e,
+                E, K, J, RULE, RENORMALIZE, BLOCK_T,
+            )  # fmt: skip
+            executed_e += tl.sum(executed_te.to(tl.int32), axis=0)
+            if RULE != EXACT:
+                swapped_e += tl.sum((demand_te & (executed_te == 0)).to(tl.int32), axis=0)
+                moved_units += _moved_units(moved_t)
+            chosen_te = executed_te
+            if FROM_DEMAND:
+                chosen_te = demand_te
+            chunk = block * BLOCK_T // CHUNK
+            if chunk >= first_chunk:
+                bit_t = 1 << ((block * BLOCK_T + tl.arange(0, BLOCK_T)) % CHUNK)
+                word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
+                ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
+                tl.atomic_or(ptrs, word_e, mask=mask_e & (word_e != 0), sem="relaxed")
+
+        some_e = mask_e & (executed_e > 0)
+        tl.atomic_add(executed_ptr, executed_e, mask=some_e, sem="relaxed")
+        if RULE != EXACT:
+            gone_e = mask_e & (swapped_e > 0)
+            tl.atomic_add(executed_ptr + E, swapped_e, mask=gone_e, sem="relaxed")
+            moved_ptr = counters_ptr + _MOVED_MASS + tl.arange(0, 1)
+            tl.atomic_add(moved_ptr, moved_units, mask=moved_units != 0, sem="relaxed")
+        tl.debug_barrier()  # every thread's atomics are issued before the ticket is taken
+        ticket = tl.atomic_add(scratch_ptr, 1, sem="acq_rel", scope="gpu")
+        if ticket == tl.num_programs(0) - 1:
+            executed_e = tl.load(executed_ptr, mask=mask_e, other=0, cache_modifier=".cg")
+            tl.store(executed_ptr, tl.zeros_like(executed_e), mask=mask_e)
+            swapped_e = tl.zeros([BLOCK_E], tl.int32)
+            if RULE != EXACT:
+                swapped_e = tl.load(executed_ptr + E, mask=mask_e, other=0, cache_modifier=".cg")
+                tl.store(executed_ptr + E, tl.zeros_like(swapped_e), mask=mask_e)
+            affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
+            chunk = first_chunk
+            while chunk * CHUNK < num_valid:
+                ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
+                word_e = tl.load(ptrs, mask=mask_e, other=0, cache_modifier=".cg")
+                tl.store(ptrs, tl.zeros_like(word_e), mask=mask_e)
+                tokens = tl.minimum(num_valid - chunk * CHUNK, CHUNK)
+                affinity_e = _age(affinity_e, word_e, tokens, decay, boost, max_score)
+                chunk += 1
+            # moved mass went to its counter program by program
+            _finish(
+                affinity_ptr, activations_ptr, counters_ptr, record_ptr,
+                affinity_e, executed_e, swapped_e, 0, missing_e, offs_e,
+                T, num_valid, generation, E, K,
+            )  # fmt: skip
+            tl.store(scratch_ptr, 0)

@@ -1,0 +1,246 @@
+"""Route tokens: the public function, the registered op and the launch of the fused kernel.
+
+One call scores, selects, swaps, weighs, counts, ages the affinity and writes the step record
+in exactly one kernel launch. CUDA tensors take the Triton kernel, CPU tensors the reference;
+under ``TRITON_INTERPRET=1`` the kernel runs in Triton's interpreter for both.
+"""
+
+import os
+
+import torch
+
+from . import layout
+from .route_ref import Rule, affinity_window, route_ref
+
+try:
+    import triton
+
+    from ._route_kernel import route_kernel
+except ModuleNotFoundError as error:  # no Triton wheel for this platform: the CPU path remains
+    if error.name != "triton":
+        raise
+    triton = route_kernel = None
+
+MAX_EXPERTS = 1024
+MAX_TOP_K = 16
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def route_path(device: torch.device) -> str:
+    """Return what runs a route call for tensors on ``device``: ``"triton"`` or ``"reference"``."""
+    return "triton" if device.type == "cuda" or _INTERPRET else "reference"
+
+
+def tile_of(T: int, E: int, K: int) -> tuple[int, int, int]:
+    """Return ``(BLOCK_T, BLOCK_E, num_warps)`` for a call of T tokens. Not tuned for speed.
+
+    Triton lays 32 columns of a row across a warp, so a thread holds ``rows`` rows, and for each
+    of them K keys, codes and masses. The table keeps that within the registers
+    (tests/test_compiles.py fails on a spill): several rows a thread for K <= 4, else one, and
+    at most 32 columns a thread. BLOCK_T divides the 32-token chunk.
+    """
+    BLOCK_E = triton.next_power_of_2(E)
+    rows_per_warp = max(1, 32 // BLOCK_E)
+    rows = 8 if K <= 2 else 2 if K <= 4 else 1
+    BLOCK_T = min(4 * rows_per_warp * rows, max(1, 1024 // BLOCK_E), layout.CHUNK)
+    BLOCK_T = min(BLOCK_T, triton.next_power_of_2(T))
+    num_warps = min(4, max(1, BLOCK_T // (rows_per_warp * rows), BLOCK_E // 256))
+    return BLOCK_T, BLOCK_E, num_warps
+
+
+def launch_options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict:
+    """Return the compile options of every launch, for AMD if ``hip``."""
+    # no fused multiply-add: the affinity takes the same two roundings as the reference
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    # left alone, ptxas spills a few bytes to reach the next step of occupancy
+    return options if hip else options | {"maxnreg": 255}
+
+
+MAX_PROGRAMS = 1024  # beyond it programs take several tiles each: fewer atomics on the same words
+
+
+def route(
+    logits_TE: torch.Tensor,
+    state: layout.RouteState,
+    layer: int,
+    *,
+    top_k: int,
+    rule: Rule = Rule.EXACT,
+    protect: int = 0,
+    renormalize: bool = True,
+    affinity_from_demand: bool = True,
+    decay: float = 0.99,
+    boost: float = 1.0,
+    max_score: float = 1.0,
+    num_valid: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose K experts for every token and advance the state of ``layer``.
+
+    Not differentiable: where a gradient is needed, recompute the weights from the logits with
+    :func:`~moe_gpu.kernels.route_ref.mixing_weights` at the returned ids.
+
+    Args:
+        logits_TE: Router logits, ``(T, E)``, float32, float16 or bfloat16, any strides,
+            ``1 <= E <= 1024``.
+        state: Device state, see :class:`~moe_gpu.kernels.layout.RouteState`. Its scratch must
+            hold ``scratch_words(E, tokens that age the affinity)`` zeros.
+        layer: Row of the state.
+        top_k: K, ``1 <= K <= min(E, 16)``.
+        rule: Which swaps are allowed; its strength is ``state.strength_L[layer]``.
+        protect: Leading ranks that are never swapped away.
+        renormalize: Softmax over the executed experts, else over all E.
+        affinity_from_demand: Age the affinity by the demand, else by the executed experts.
+        decay: Affinity factor per token, in [0, 1].
+        boost: Affinity added per choice, ``>= 0``.
+        max_score: Affinity clamp, ``> 0``.
+        num_valid: Device scalar int32: rows from there on are padding, get weight 0 and touch no
+            state. None: all rows count.
+        out: ``(weights, ids)`` to write to, unit stride along K: weights any supported float
+            dtype, ids int32 or int64. None allocates float32 and int64.
+
+    Returns:
+        weights_TK: Mixing weights, best unbiased score first.
+        ids_TK: K distinct expert ids in [0, E) per row, for every input bit pattern.
+
+    Raises:
+        ValueError: A shape, bound or device that does not fit, before anything is written.
+        TypeError: A dtype that does not fit.
+    """
+    _check(logits_TE, state, layer, top_k, num_valid)
+    T = logits_TE.shape[0]
+    if out is None:
+        out = (
+            torch.empty(T, top_k, dtype=torch.float32, device=logits_TE.device),
+            torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device),
+        )
+    else:
+        _check_out(out, T, top_k, logits_TE.device)
+    if T == 0:
+        return out
+    args = (
+        logits_TE.detach(), *out, num_valid,
+        state.slot_of_LE, state.strength_L, state.affinity_LE, state.activations_LE,
+        state.counters_LC, state.record_LR, state.scratch,
+        layer, top_k, int(rule), min(protect, top_k), renormalize, affinity_from_demand,
+        decay, boost, max_score,
+    )  # fmt: skip
+    # the dispatcher costs more than the launch it leads to; only a traced graph needs it
+    if torch.compiler.is_compiling():
+        torch.ops.moe_gpu.route_(*args)
+    else:
+        _route(*args)
+    return out
+
+
+def _route(
+    logits_TE, weights_TK, ids_TK, num_valid, slot_of_LE, strength_L, affinity_LE,
+    activations_LE, counters_LC, record_LR, scratch,
+    layer, top_k, rule, protect, renormalize, affinity_from_demand, decay, boost, max_score,
+):  # fmt: skip
+    if logits_TE.is_cuda and route_kernel is None:
+        raise RuntimeError("routing on CUDA needs triton, which is not installed")
+    if route_path(logits_TE.device) == "reference":
+        state = _State(
+            slot_of_LE, strength_L, affinity_LE, activations_LE, counters_LC, record_LR, scratch
+        )
+        route_ref(
+            logits_TE, weights_TK, ids_TK, num_valid, state, layer,
+            top_k=top_k, rule=Rule(rule), protect=protect, renormalize=renormalize,
+            affinity_from_demand=affinity_from_demand,
+            decay=decay, boost=boost, max_score=max_score,
+        )  # fmt: skip
+        return
+    T, E = logits_TE.shape
+    BLOCK_T, BLOCK_E, num_warps = tile_of(T, E, top_k)
+    grid = (min(triton.cdiv(T, BLOCK_T), MAX_PROGRAMS),)
+    with torch.cuda.device_of(logits_TE):  # Triton launches on the current device
+        route_kernel[grid](
+            logits_TE, logits_TE.stride(0), logits_TE.stride(1),
+            num_valid, slot_of_LE, strength_L,
+            weights_TK, weights_TK.stride(0), ids_TK, ids_TK.stride(0),
+            affinity_LE, activations_LE, counters_LC, record_LR, scratch,
+            T, layer, affinity_window(decay), decay, boost, max_score,
+            E=E, K=top_k, J=protect, RULE=rule, RENORMALIZE=renormalize,
+            FROM_DEMAND=affinity_from_demand, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
+            ONE_TILE=T <= BLOCK_T, **launch_options(num_warps),
+        )  # fmt: skip
+
+
+class _State:
+    __slots__ = (
+        "slot_of_LE", "strength_L", "affinity_LE", "activations_LE",
+        "counters_LC", "record_LR", "scratch",
+    )  # fmt: skip
+
+    def __init__(self, *tensors):
+        for name, tensor in zip(self.__slots__, tensors, strict=True):
+            setattr(self, name, tensor)
+
+
+# define + impl costs a third of torch.library.custom_op per eager call
+_library = torch.library.Library("moe_gpu", "FRAGMENT")
+_library.define(
+    "route_(Tensor logits, Tensor(a!) weights, Tensor(b!) ids, Tensor? num_valid, "
+    "Tensor slot_of, Tensor strength, Tensor(c!) affinity, Tensor(d!) activations, "
+    "Tensor(e!) counters, Tensor(f!) record, Tensor(g!) scratch, SymInt layer, SymInt top_k, "
+    "SymInt rule, SymInt protect, bool renormalize, bool affinity_from_demand, float decay, "
+    "float boost, float max_score) -> ()"
+)
+_library.impl("route_", _route, "CPU")
+_library.impl("route_", _route, "CUDA")
+
+
+@torch.library.register_fake("moe_gpu::route_", lib=_library)
+def _(*args):
+    return None
+
+
+def _check(logits_TE, state, layer, top_k, num_valid):
+    if logits_TE.ndim != 2:
+        raise ValueError(f"logits must be 2-D (tokens, experts), got shape {tuple(logits_TE.shape)}")
+    if logits_TE.dtype not in _FLOATS:
+        raise TypeError(f"logits must be float32, float16 or bfloat16, got {logits_TE.dtype}")
+    L, E = state.slot_of_LE.shape
+    if logits_TE.shape[1] != E:
+        raise ValueError(f"logits must have {E} columns, one per expert, got {logits_TE.shape[1]}")
+    if E > MAX_EXPERTS:
+        raise ValueError(f"num_experts must lie in [1, {MAX_EXPERTS}], got {E}")
+    if not 1 <= top_k <= min(E, MAX_TOP_K):
+        raise ValueError(
+            f"top_k must lie in [1, {min(E, MAX_TOP_K)}] for {E} experts, got {top_k}"
+        )
+    if not 0 <= layer < L:
+        raise ValueError(f"layer must lie in [0, {L - 1}], got {layer}")
+    if logits_TE.device != state.slot_of_LE.device:
+        raise ValueError(
+            f"logits are on {logits_TE.device}, but the router state is on "
+            f"{state.slot_of_LE.device}: move one of them"
+        )
+    if num_valid is not None:
+        if num_valid.dtype != torch.int32 or num_valid.numel() != 1:
+            raise TypeError(
+                f"num_valid must be one int32, got {num_valid.dtype} "
+                f"of shape {tuple(num_valid.shape)}"
+            )
+        if num_valid.device != logits_TE.device:
+            raise ValueError(
+                f"num_valid is on {num_valid.device}, but logits are on {logits_TE.device}"
+            )
+
+
+def _check_out(out, T, top_k, device):
+    weights_TK, ids_TK = out
+    for name, tensor in (("out weights", weights_TK), ("out ids", ids_TK)):
+        if tuple(tensor.shape) != (T, top_k):
+            raise ValueError(f"{name} must have shape {(T, top_k)}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} are on {tensor.device}, but logits are on {device}")
+        if top_k > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"{name} must have unit stride along K, got {tensor.stride(1)}")
+    if weights_TK.dtype not in _FLOATS:
+        raise TypeError(f"out weights must be floating point, got {weights_TK.dtype}")
+    if ids_TK.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"out ids must be int32 or int64, got {ids_TK.dtype}")

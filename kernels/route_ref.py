@@ -1,0 +1,285 @@
+"""What a route call means, in plain PyTorch. The Triton kernel is tested against this file.
+
+For each token, with selection scores ``s`` (the router's logits in float32), ``K`` experts to
+execute and ``J`` of them protected:
+
+1. Experts are ranked by score, descending, lower id first among equals; every non-finite score
+   ranks last. The *demand* is the first K, the *protected* the first J of them.
+2. The executed set is the demand with ``m1..mi`` replaced by ``r1..ri``: ``m`` the missing
+   demanded experts that are not protected, worst first; ``r`` the resident experts outside the
+   demand, best first. :class:`Rule` says how large ``i`` may be.
+3. Mixing weights come from the unbiased scores of the executed experts. Only finite scores
+   weigh; a row with none is uniform.
+4. Affinity ages once per valid token, in token order:
+   ``a = min(a * decay + boost * chosen, max_score)``.
+
+It is also the path for tensors on the CPU.
+
+Shape suffixes: T tokens, E experts, K experts per token, L layers, C counters, R record words.
+"""
+
+import enum
+import math
+from typing import NamedTuple
+
+import torch
+
+from . import layout
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Rule(enum.IntEnum):
+    """How many swaps a token may take."""
+
+    EXACT = 0
+    # classic: the protected first, then the best K - J of the rest by min(s + b, FLOAT32_MAX),
+    # b = strength on resident experts, lower id first. The float32 sum decides near-ties
+    BONUS = 1
+    # the same with b = min(strength * (max - min of the row's finite scores), FLOAT32_MAX)
+    RANGE_BONUS = 2
+    # the longest prefix whose sum of max(0, p(m) - p(r)) is at most strength * sum(p(demand)),
+    # p the softmax over the row's finite scores
+    MASS = 3
+
+
+class Selection(NamedTuple):
+    """Who is wanted and who is executed, for T tokens."""
+
+    demand_TK: torch.Tensor  # int64, best first
+    ids_TK: torch.Tensor  # int64, executed, best unbiased score first
+    moved_T: torch.Tensor  # float32, router mass that the swaps moved, as a share of the demand's
+
+
+def rank_experts(scores_TE: torch.Tensor) -> torch.Tensor:
+    """Return expert ids ``(T, E)`` by score descending, lower id first, non-finite scores last."""
+    finite_TE = torch.where(scores_TE.isfinite(), scores_TE, -torch.inf)
+    return finite_TE.sort(dim=1, descending=True, stable=True).indices
+
+
+def select_ref(
+    scores_TE: torch.Tensor,
+    resident_TE: torch.Tensor,
+    k: int,
+    rule: Rule = Rule.EXACT,
+    strength: float | torch.Tensor = 0.0,
+    protect: int = 0,
+) -> Selection:
+    """Choose the executed experts of every token; steps 1 and 2 of the module docstring.
+
+    Args:
+        scores_TE: Selection scores, ``(T, E)`` float32.
+        resident_TE: Who is on the device, bool, ``(E,)`` or ``(T, E)``.
+        k: Experts per token, ``1 <= k <= E``.
+        rule: See :class:`Rule`.
+        strength: Bonus or budget, a float or a 0-d tensor. NaN, zero or less never swaps.
+        protect: J; more than ``k`` means ``k``.
+
+    Returns:
+        The demand, the executed ids and the moved mass, see :class:`Selection`.
+    """
+    T, _ = scores_TE.shape
+    J = min(protect, k)
+    order_TE = rank_experts(scores_TE)
+    demand_TK = order_TE[:, :k]
+    if rule == Rule.EXACT or J == k or T == 0:
+        return Selection(demand_TK, demand_TK, scores_TE.new_zeros(T))
+
+    strength = torch.as_tensor(strength, dtype=torch.float32, device=scores_TE.device)
+    # NaN compares false
+    strength = torch.where(strength > 0, strength.clamp(max=FLOAT32_MAX), 0.0)
+    resident_TE = resident_TE.expand_as(scores_TE)
+    choose = _swap_within_budget if rule == Rule.MASS else _take_biased_best
+    ids_TK = choose(scores_TE, resident_TE, order_TE, k, J, rule, strength)
+
+    rank_TE = _inverse(order_TE)
+    ids_TK = order_TE.gather(1, rank_TE.gather(1, ids_TK).sort(dim=1).values)
+    mass_TE = _mass(scores_TE)
+    wanted_T = mass_TE.gather(1, demand_TK).sum(1)
+    lost_T = (wanted_T - mass_TE.gather(1, ids_TK).sum(1)).clamp(min=0)
+    swapped_T = (ids_TK != demand_TK).any(1)
+    return Selection(demand_TK, ids_TK, torch.where(swapped_T & (wanted_T > 0), lost_T / wanted_T, 0.0))
+
+
+def _take_biased_best(scores_TE, resident_TE, order_TE, k, J, rule, strength):
+    """The classic cache bonus: protected experts, then the best of the rest by biased score."""
+    finite_TE = scores_TE.isfinite()
+    bonus = strength
+    if rule == Rule.RANGE_BONUS:
+        high_T = torch.where(finite_TE, scores_TE, -torch.inf).amax(1, keepdim=True)
+        low_T = torch.where(finite_TE, scores_TE, torch.inf).amin(1, keepdim=True)
+        spread_T = torch.where(finite_TE.any(1, keepdim=True), high_T - low_T, 0.0)
+        bonus = strength * spread_T.clamp(max=FLOAT32_MAX)
+    bonus = bonus.clamp(max=FLOAT32_MAX)
+    biased_TE = torch.where(resident_TE, (scores_TE + bonus).clamp(max=FLOAT32_MAX), scores_TE)
+    biased_TE = torch.where(finite_TE, biased_TE, -torch.inf)
+    biased_TE = biased_TE.scatter(1, order_TE[:, :J], torch.inf)  # protected: above every sum
+    return biased_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def _swap_within_budget(scores_TE, resident_TE, order_TE, k, J, rule, strength):
+    """The longest prefix of swaps whose moved mass stays within the budget."""
+    T, E = scores_TE.shape
+    swaps = min(k - J, E - k)
+    mass_TE = _mass(scores_TE)
+    ranked_resident_TE = resident_TE.gather(1, order_TE)
+    ids_TK = order_TE[:, :k].clone()
+    if swaps == 0:
+        return ids_TK
+
+    # ranks of m1, m2, ... and of r1, r2, ...; E marks "there is none"
+    rank_E = torch.arange(E, device=scores_TE.device).expand(T, E)
+    inside, outside = rank_E < k, rank_E >= k
+    movable_TE = ~ranked_resident_TE & inside & (rank_E >= J)
+    m_TS = torch.where(movable_TE, rank_E, -1).sort(dim=1, descending=True).values[:, :swaps]
+    r_TS = torch.where(ranked_resident_TE & outside, rank_E, E).sort(dim=1).values[:, :swaps]
+    possible_TS = (m_TS >= 0) & (r_TS < E)
+    m_TS, r_TS = m_TS.clamp(min=0), r_TS.clamp(max=E - 1)
+
+    ranked_mass_TE = mass_TE.gather(1, order_TE)
+    cost_TS = (ranked_mass_TE.gather(1, m_TS) - ranked_mass_TE.gather(1, r_TS)).clamp(min=0)
+    wanted_T1 = ranked_mass_TE[:, :k].sum(1, keepdim=True)
+    allowed_TS = possible_TS & (cost_TS.cumsum(1) <= strength * wanted_T1)
+    allowed_TS &= (strength > 0) & (wanted_T1 > 0)
+    allowed_TS = allowed_TS.cumprod(1).bool()  # a prefix: the first refusal ends it
+
+    stand_in_TS = order_TE.gather(1, r_TS)
+    row_T, swap_S = allowed_TS.nonzero(as_tuple=True)
+    ids_TK[row_T, m_TS[row_T, swap_S]] = stand_in_TS[row_T, swap_S]
+    return ids_TK
+
+
+def _mass(scores_TE):
+    """``exp(s - max)`` over the finite scores, 0 elsewhere: the softmax without its divisor."""
+    finite_TE = torch.where(scores_TE.isfinite(), scores_TE, -torch.inf)
+    top_T1 = finite_TE.amax(1, keepdim=True)
+    top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
+    return (finite_TE - top_T1).exp()
+
+
+def _inverse(order_TE):
+    rank_TE = torch.empty_like(order_TE)
+    positions_TE = torch.arange(order_TE.shape[1], device=order_TE.device).expand_as(order_TE)
+    return rank_TE.scatter_(1, order_TE, positions_TE)
+
+
+def mixing_weights(
+    scores_TE: torch.Tensor, ids_TK: torch.Tensor, renormalize: bool = True
+) -> torch.Tensor:
+    """Return the weights of the executed experts, ``(T, K)`` float32; step 3, differentiable.
+
+    Args:
+        scores_TE: Unbiased scores, ``(T, E)`` float32.
+        ids_TK: Executed experts, int64.
+        renormalize: Softmax over the executed experts (rows sum to 1); otherwise over all E.
+    """
+    finite_TE = torch.where(scores_TE.isfinite(), scores_TE, -torch.inf)
+    if renormalize:
+        logits_TK = finite_TE.gather(1, ids_TK)
+        none_T1 = (logits_TK == -torch.inf).all(1, keepdim=True)
+        # the dead row is replaced before the softmax, so that no NaN reaches a gradient
+        return torch.where(none_T1, torch.zeros_like(logits_TK), logits_TK).softmax(1)
+    none_T1 = (finite_TE == -torch.inf).all(1, keepdim=True)
+    weights_TE = torch.where(none_T1, torch.zeros_like(finite_TE), finite_TE).softmax(1)
+    uniform = 1.0 / ids_TK.shape[1]
+    return torch.where(none_T1, uniform, weights_TE.gather(1, ids_TK))
+
+
+def affinity_window(decay: float) -> int:
+    """Return the tokens after which ``decay ** age < 2**-24``: older ones cannot show in float32.
+
+    1 for ``decay == 0`` (only the token itself), 2**31 - 1 where nothing fades.
+    """
+    if decay >= 1.0:
+        return 2**31 - 1
+    if decay <= 0.0:
+        return 1
+    return min(2**31 - 1, math.ceil(24 * math.log(2) / -math.log(decay)) + 1)
+
+
+def first_aged_token(num_valid: int, window: int) -> int:
+    """Return the first token whose choice still ages the affinity in a call of ``num_valid``."""
+    return max(0, num_valid - window) // layout.CHUNK * layout.CHUNK
+
+
+def age_affinity_ref(
+    affinity_E: torch.Tensor,
+    chosen_TE: torch.Tensor,
+    decay: float,
+    boost: float,
+    max_score: float,
+) -> torch.Tensor:
+    """Age ``affinity_E`` (float32) by the choices of T tokens (bool); step 4."""
+    for boost_E in (boost * chosen_TE).to(torch.float32):
+        affinity_E = (affinity_E * decay + boost_E).clamp(max=max_score)
+    return affinity_E
+
+
+def route_ref(
+    logits_TE, weights_TK, ids_TK, num_valid, state, layer, *,
+    top_k, rule, protect, renormalize, affinity_from_demand, decay, boost, max_score,
+):  # fmt: skip
+    """Route T tokens and advance the state of ``layer``: the meaning of one kernel launch.
+
+    Arguments are those of :func:`moe_gpu.kernels.route.route`. Host synchronisation is free here
+    (CPU tensors), so ``num_valid`` and the strength are read as numbers.
+    """
+    T, E = logits_TE.shape
+    valid = T if num_valid is None else max(0, min(T, int(num_valid)))
+    scores_TE = logits_TE.detach().float()
+    resident_E = state.slot_of_LE[layer] >= 0
+    picked = select_ref(
+        scores_TE, resident_E, top_k, rule, state.strength_L[layer], protect
+    )
+    executed_TK = picked.ids_TK.clone()
+    executed_TK[valid:] = picked.demand_TK[valid:]  # padding rows are not swapped
+    weights = mixing_weights(scores_TE, executed_TK, renormalize)
+    weights[valid:] = 0.0
+    weights_TK.copy_(weights)
+    ids_TK.copy_(executed_TK)
+
+    demand_TE = _mark(picked.demand_TK[:valid], E)
+    executed_TE = _mark(executed_TK[:valid], E)
+    executed_E = executed_TE.sum(0)
+    swapped_E = (demand_TE & ~executed_TE).sum(0)
+    missing_E = ~resident_E
+
+    start = first_aged_token(valid, affinity_window(decay))
+    chosen_TE = demand_TE if affinity_from_demand else executed_TE
+    affinity_E = age_affinity_ref(
+        state.affinity_LE[layer], chosen_TE[start:], decay, boost, max_score
+    )
+    state.affinity_LE[layer] = affinity_E
+    state.activations_LE[layer] += executed_E
+
+    misses = int(executed_E[missing_E].sum())
+    moved = (picked.moved_T[:valid] * layout.MOVED_MASS_ONE + 0.5).long().sum()
+    urgent_E = missing_E & (executed_E > 0)
+    added = {
+        layout.TOKENS: valid,
+        layout.PAIRS: valid * top_k,
+        layout.HITS: valid * top_k - misses,
+        layout.MISSES: misses,
+        layout.UNIQUE_MISSES: int(urgent_E.sum()),
+        layout.SWAPS: int(swapped_E.sum()),
+        layout.MOVED_MASS: int(moved),
+        layout.PADDED: T - valid,
+    }
+    state.counters_LC[layer] += torch.tensor([added[c] for c in range(layout.NUM_COUNTERS)])
+
+    background_E = missing_E & (executed_E == 0) & (swapped_E > 0)
+    priority_E = torch.where(urgent_E, layout.PRIORITY_URGENT, layout.PRIORITY_NONE)
+    priority_E = torch.where(background_E, layout.PRIORITY_BACKGROUND, priority_E)
+    waiting_E = torch.where(urgent_E, executed_E, torch.where(background_E, swapped_E, 0))
+    record_R = state.record_LR[layer]
+    generation = record_R[:1] + 1
+    count = (priority_E != layout.PRIORITY_NONE).sum().reshape(1)
+    affinity_bits_E = affinity_E.view(torch.int32)
+    record_R.copy_(
+        torch.cat([generation, count, executed_E, waiting_E, priority_E, affinity_bits_E, generation])
+    )
+
+
+def _mark(ids_TK, E):
+    marked_TE = torch.zeros(ids_TK.shape[0], E, dtype=torch.bool, device=ids_TK.device)
+    return marked_TE.scatter_(1, ids_TK, True)

@@ -1,0 +1,42 @@
+"""Mixture-of-experts routing that prefers experts already on the GPU, and an offloader for the rest.
+
+The names below are the public interface. ``attach`` needs transformers (``pip install
+moe-gpu[hf]``) and is imported on first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from .gate import MoEGate, Routing
+from .metrics import Metrics
+from .policies import CacheBonus, Exact, MassBudget, QualityBudget
+from .requests import Direction, PagingRequest, Priority
+from .state import RouterState
+
+if TYPE_CHECKING:
+    from .huggingface import AttachedMoE, attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachedMoE",
+    "CacheBonus",
+    "Direction",
+    "Exact",
+    "MassBudget",
+    "Metrics",
+    "MoEGate",
+    "PagingRequest",
+    "Priority",
+    "QualityBudget",
+    "RouterState",
+    "Routing",
+    "attach",
+]
+
+
+def __getattr__(name: str):
+    if name in ("attach", "AttachedMoE"):
+        from . import huggingface
+
+        return getattr(huggingface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

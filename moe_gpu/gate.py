@@ -1,0 +1,297 @@
+"""The gate: which experts each token visits, with what weight, and which must be paged in.
+
+    hidden -> logits -> demand (top K) -> swaps towards residents -> weights from the logits
+
+All of it after the projection is one kernel launch that also counts, ages the affinity and
+writes the paging requests. A policy steers the choice only: weights come from the untouched
+logits, so with ``Exact()`` the gate is the model's own router.
+
+Shape suffixes: T tokens, E experts, K experts per token, D model width, L layers.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .kernels.route import MAX_EXPERTS, MAX_TOP_K, route, route_path
+from .kernels.route_ref import mixing_weights
+from .latency import RouteTimer, summarize_us
+from .metrics import Metrics, routing_counts
+from .policies import Exact, Policy
+from .record import RecordReader
+from .requests import PagingRequest
+from .state import RouterState
+
+
+class Routing(NamedTuple):
+    """What the gate decided for T tokens."""
+
+    logits: torch.Tensor  # (T, E), as the router made them
+    weights: torch.Tensor  # (T, K) float32, best expert first
+    ids: torch.Tensor  # (T, K) int64, K distinct experts per row
+
+
+class MoEGate(nn.Module):
+    """Top-K softmax router that prefers experts already on the device.
+
+    Owns the router weight (unless ``hidden_size`` is None) and one row of a
+    :class:`RouterState`; nothing of the state enters a ``state_dict``.
+
+    Args:
+        hidden_size: Model width D; None builds a router without a projection (:meth:`route`).
+        num_experts: E, in [1, 1024].
+        top_k: K, in [1, min(E, 16)].
+        policy: How far the choice may move towards residents, see :mod:`moe_gpu.policies`.
+        renormalize: Weights are a softmax over the executed experts (Mixtral); otherwise their
+            share of the softmax over all experts.
+        decay: Affinity factor per token, in [0, 1].
+        boost: Affinity added to a chosen expert, finite, ``>= 0``.
+        max_score: Affinity clamp, finite, ``> 0``.
+        affinity_from: ``"demand"`` ages the affinity by what the router wanted, ``"executed"`` by
+            what ran (the original behaviour; it locks in whatever is resident).
+        max_policy_tokens: Calls with more tokens route exactly: their union of experts covers
+            nearly the layer, so a swap buys nothing.
+        state: Shared state of a model; None makes one with a single layer.
+        layer: This gate's row in ``state``.
+        timers: Record the latency of each route call.
+        device: Where the parameters, and the state if none is given, live.
+        dtype: Of the router weight.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument outside the bounds above.
+
+    Example:
+        >>> gate = MoEGate(hidden_size=16, num_experts=8, policy=moe_gpu.MassBudget(0.05))
+        >>> gate.set_resident([0, 3])
+        >>> logits, weights, ids = gate(torch.randn(5, 16))
+        >>> ids.shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int | None = None,
+        num_experts: int = 8,
+        top_k: int = 2,
+        policy: Policy = Exact(),  # noqa: B008 - frozen dataclass
+        *,
+        renormalize: bool = True,
+        decay: float = 0.99,
+        boost: float = 1.0,
+        max_score: float = 1.0,
+        affinity_from: Literal["demand", "executed"] = "demand",
+        max_policy_tokens: int = 64,
+        state: RouterState | None = None,
+        layer: int = 0,
+        timers: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_int("num_experts", num_experts, 1, MAX_EXPERTS)
+        _check_int("top_k", top_k, 1, min(num_experts, MAX_TOP_K))
+        if hidden_size is not None:
+            _check_int("hidden_size", hidden_size, 1)
+        _check_int("max_policy_tokens", max_policy_tokens, 0)
+        _check_real("decay", decay, 0.0, 1.0)
+        _check_real("boost", boost, 0.0)
+        _check_real("max_score", max_score, 0.0)
+        if max_score == 0:
+            raise ValueError(f"max_score must be > 0, got {max_score}")
+        if affinity_from not in ("demand", "executed"):
+            raise ValueError(f"affinity_from must be 'demand' or 'executed', got {affinity_from!r}")
+        if state is None:
+            state = RouterState(layer + 1, num_experts, device=device)
+        elif state.num_experts != num_experts:
+            raise ValueError(
+                f"num_experts={num_experts} does not match the state's {state.num_experts}"
+            )
+        _check_int("layer", layer, 0, state.num_layers - 1)
+
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.renormalize = renormalize
+        self.decay, self.boost, self.max_score = float(decay), float(boost), float(max_score)
+        self.affinity_from, self.max_policy_tokens = affinity_from, max_policy_tokens
+        self.state, self.layer = state, layer
+        self.policy = policy
+        self._last_path: str | None = None
+        self._reader = RecordReader(state)
+        self._timer = RouteTimer() if timers else None
+        if hidden_size is None:
+            self.register_parameter("weight", None)
+        else:
+            weight_ED = torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
+            self.weight = nn.Parameter(weight_ED)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the router weight as Mixtral does."""
+        nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force; assigning one also sets its strength on the device."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be Exact, CacheBonus or MassBudget, got {policy!r}")
+        self.state.strength_L[self.layer] = policy.strength
+        self._policy = policy
+
+    def forward(
+        self, hidden_states: torch.Tensor, num_valid: torch.Tensor | None = None
+    ) -> Routing:
+        """Project and route every token.
+
+        Args:
+            hidden_states: Activations, shape ``(..., D)``; leading dimensions flatten to T.
+            num_valid: See :meth:`route`.
+
+        Returns:
+            The routing of the T tokens, see :class:`Routing`.
+        """
+        if self.weight is None:
+            raise RuntimeError("this gate was built without hidden_size: call route(logits)")
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.route(F.linear(x_TD, self.weight), num_valid=num_valid)
+
+    def route(
+        self,
+        logits: torch.Tensor,
+        *,
+        num_valid: torch.Tensor | None = None,
+        out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Routing:
+        """Route T tokens from their logits: one kernel launch, no host synchronisation.
+
+        Where ``logits`` require a gradient, weights are recomputed from them in PyTorch at the
+        chosen ids, so the gradient is that of the model's own mixing rule.
+
+        Args:
+            logits: ``(T, E)``, float32, float16 or bfloat16, any strides.
+            num_valid: Device scalar int32; rows from there on are padding: weight 0, distinct ids
+                in range, no effect on any state.
+            out: ``(weights, ids)`` tensors to write to; nothing is allocated then.
+
+        Returns:
+            ``logits`` as given, weights and ids, see :class:`Routing`.
+
+        Raises:
+            ValueError: Wrong shape or device, or ``out`` where a gradient is required.
+            TypeError: Logits that are not floating point.
+        """
+        needs_grad = logits.requires_grad and torch.is_grad_enabled()
+        if needs_grad and out is not None:
+            raise ValueError("out cannot be given for logits that require a gradient")
+        T = logits.shape[0] if logits.ndim == 2 else 0
+        policy = self._policy if T <= self.max_policy_tokens else Exact()
+        if T > 4096:
+            self.state.reserve(T, self.decay)
+        arguments = {
+            "top_k": self.top_k,
+            "rule": policy.rule,
+            "protect": policy.protect,
+            "renormalize": self.renormalize,
+            "affinity_from_demand": self.affinity_from == "demand",
+            "decay": self.decay,
+            "boost": self.boost,
+            "max_score": self.max_score,
+            "num_valid": num_valid,
+            "out": out,
+        }
+        if self._timer is None:
+            weights_TK, ids_TK = route(logits, self.state, self.layer, **arguments)
+        else:
+            with self._timer.call(logits.device):
+                weights_TK, ids_TK = route(logits, self.state, self.layer, **arguments)
+        self._last_path = route_path(logits.device)
+        if needs_grad:
+            weights_TK = mixing_weights(logits.float(), ids_TK, self.renormalize)
+            if num_valid is not None:
+                weights_TK = weights_TK.masked_fill(_padding_rows(T, num_valid), 0.0)
+        return Routing(logits, weights_TK, ids_TK)
+
+    def set_resident(self, expert_ids: Iterable[int]) -> None:
+        """Declare exactly these experts to be on the device, for use without an offloader.
+
+        Raises:
+            TypeError: An id that is not an int.
+            ValueError: An id outside [0, E) or given twice.
+        """
+        expert_ids = list(expert_ids)
+        for expert in expert_ids:
+            _check_int("expert id", expert, 0, self.num_experts - 1)
+        if len(set(expert_ids)) != len(expert_ids):
+            raise ValueError(f"expert ids must be distinct, got {expert_ids}")
+        slot_of_E = torch.full((self.num_experts,), -1, dtype=torch.int32)
+        slot_of_E[expert_ids] = torch.arange(len(expert_ids), dtype=torch.int32)
+        self.state.slot_of_LE[self.layer] = slot_of_E.to(self.state.slot_of_LE.device)
+
+    def requests(self) -> list[PagingRequest]:
+        """Return the paging requests of the last call, ascending expert id. Synchronises."""
+        return self._reader.read(self.layer).requests(self.layer)
+
+    @property
+    def affinity(self) -> torch.Tensor:
+        """Decayed activation history, float32 ``(E,)``, on the device."""
+        return self.state.affinity_LE[self.layer]
+
+    @property
+    def activations(self) -> torch.Tensor:
+        """Tokens that executed each expert, int64 ``(E,)``, on the device."""
+        return self.state.activations_LE[self.layer]
+
+    def latencies_us(self) -> list[float]:
+        """Return recent latencies of the route call; empty without ``timers=True``."""
+        return [] if self._timer is None else self._timer.latencies_us()
+
+    @property
+    def last_route_path(self) -> str | None:
+        """``"triton"`` or ``"reference"``: what ran the last call; None before the first."""
+        return self._last_path
+
+    def metrics(self) -> Metrics:
+        """Return this layer's counts so far. Synchronises."""
+        return Metrics(
+            **routing_counts(self.state.counters_LC[self.layer : self.layer + 1]),
+            **summarize_us(self.latencies_us()),
+            superseded=self._reader.superseded,
+            route_path=self._last_path,
+        )
+
+    def reset_metrics(self) -> None:
+        """Set this layer's counters and timers to zero; affinity and activations stay."""
+        self.state.counters_LC[self.layer].zero_()
+        if self._timer is not None:
+            self._timer.reset()
+
+    def extra_repr(self) -> str:
+        """Show the sizes and the policy in ``print(model)``."""
+        return f"D={self.hidden_size}, E={self.num_experts}, K={self.top_k}, policy={self._policy}"
+
+
+def _padding_rows(T: int, num_valid: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(T, device=num_valid.device) >= num_valid).unsqueeze(1)
+
+
+def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < low or (high is not None and value > high):
+        bound = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def _check_real(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and low <= value <= high):
+        bound = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")

@@ -1,0 +1,61 @@
+"""Latency of the route call, for gates built with ``timers=True``."""
+
+import time
+from collections import deque
+from contextlib import contextmanager
+
+import torch
+
+
+class RouteTimer:
+    """Times calls without stopping the device; keeps the most recent ones.
+
+    On CUDA each call is bracketed by two events on the current stream, read only once they have
+    passed; on the CPU it is wall time.
+
+    Args:
+        keep: Calls remembered.
+    """
+
+    def __init__(self, keep: int = 4096):
+        self._done_us: deque[float] = deque(maxlen=keep)
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=keep)
+
+    @contextmanager
+    def call(self, device: torch.device):
+        """Time the body, which runs on ``device``."""
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._pending.append((start, end))
+            self._collect()
+        else:
+            start_s = time.perf_counter()
+            yield
+            self._done_us.append((time.perf_counter() - start_s) * 1e6)
+
+    def _collect(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            start, end = self._pending.popleft()
+            self._done_us.append(start.elapsed_time(end) * 1e3)
+
+    def latencies_us(self) -> list[float]:
+        """Return the latencies of the calls that have finished, oldest first."""
+        self._collect()
+        return list(self._done_us)
+
+    def reset(self) -> None:
+        """Forget all calls."""
+        self._done_us.clear()
+        self._pending.clear()
+
+
+def summarize_us(latencies_us: list[float]) -> dict[str, float | None]:
+    """Return mean, p50 and p99 under the names of :class:`~moe_gpu.metrics.Metrics`."""
+    if not latencies_us:
+        return {"route_us_mean": None, "route_us_p50": None, "route_us_p99": None}
+    values = torch.tensor(latencies_us, dtype=torch.float64)
+    p50, p99 = values.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+    return {"route_us_mean": values.mean().item(), "route_us_p50": p50, "route_us_p99": p99}

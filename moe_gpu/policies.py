@@ -1,0 +1,116 @@
+"""Routing policies: how far the gate may prefer experts that are already on the device.
+
+All of them choose from one family of sets. The executed experts are the router's demand (its
+top K) with its lowest-ranked missing experts replaced by the best resident experts outside the
+demand; a policy decides how many replacements ("swaps") a token may take. The exact rules are
+in :mod:`moe_gpu.kernels.route_ref`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .kernels.route_ref import Rule
+
+
+def _check_strength(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def _check_protect(protect: int) -> None:
+    if not isinstance(protect, int) or isinstance(protect, bool):
+        raise TypeError(f"protect must be an int, got {protect!r}")
+    if protect < 0:
+        raise ValueError(f"protect must be >= 0, got {protect}")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Never swap: the model's own routing."""
+
+    rule = Rule.EXACT
+    strength = 0.0
+    protect = 0
+
+
+@dataclass(frozen=True)
+class CacheBonus:
+    """Add a bonus to the selection score of every resident expert, then take the top K.
+
+    The bonus steers the choice only; mixing weights come from the unbiased scores.
+
+    Attributes:
+        bonus: In selection-score units (``scale="absolute"``), or as a fraction of the token's
+            score range (``scale="logit_range"``). Finite, ``>= 0``.
+        scale: ``"absolute"`` or ``"logit_range"``: bonus x (max - min of the token's finite
+            selection scores).
+        protect: The first ``protect`` experts of the demand are always executed. 0 with an
+            absolute bonus of 0.15 is the original memory-aware router.
+
+    Source:
+        ADR-092 (absolute); Cache-Prior, arXiv 2412.00099 (range-scaled, here with the token's
+        own range instead of a running mean, so that the rule has no state).
+    """
+
+    bonus: float = 0.15
+    scale: Literal["absolute", "logit_range"] = "absolute"
+    protect: int = 0
+
+    def __post_init__(self) -> None:
+        _check_strength("bonus", self.bonus)
+        _check_protect(self.protect)
+        if self.scale not in ("absolute", "logit_range"):
+            raise ValueError(f"scale must be 'absolute' or 'logit_range', got {self.scale!r}")
+
+    @property
+    def rule(self) -> Rule:
+        """The kernel's rule for this scale."""
+        return Rule.BONUS if self.scale == "absolute" else Rule.RANGE_BONUS
+
+    @property
+    def strength(self) -> float:
+        """What ``RouterState.strength_L`` starts as."""
+        return float(self.bonus)
+
+
+@dataclass(frozen=True)
+class MassBudget:
+    """Swap while the router mass that moves stays within a share of the token's demand.
+
+    Attributes:
+        budget: Largest ``sum(p(swapped away) - p(stand-in)) / sum(p(demand))`` per token, p the
+            softmax over all experts. 0 allows no swap. Finite, ``>= 0``; 1 or more never binds.
+        protect: The first ``protect`` experts of the demand are never swapped away.
+
+    Source:
+        Cumulative mass rule of the Mass-Budget router (kennydd001/ervf), solved exactly: within
+        the nested family of sets, the longest allowed prefix has the fewest misses.
+    """
+
+    budget: float
+    protect: int = 1
+
+    rule = Rule.MASS
+
+    def __post_init__(self) -> None:
+        _check_strength("budget", self.budget)
+        _check_protect(self.protect)
+
+    @property
+    def strength(self) -> float:
+        """What ``RouterState.strength_L`` starts as."""
+        return float(self.budget)
+
+
+def QualityBudget(budget: float) -> MassBudget:  # noqa: N802 - reads as a policy at the call site
+    """Build the best rule the project has measured under one quality knob.
+
+    At present :class:`MassBudget` with the first expert protected.
+    """
+    return MassBudget(budget)
+
+
+Policy = Exact | CacheBonus | MassBudget

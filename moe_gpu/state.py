@@ -1,0 +1,73 @@
+"""Router state on the device: who is resident, who is hot, and what the last call asked for."""
+
+import torch
+from torch import nn
+
+from .kernels import layout
+from .kernels.route_ref import affinity_window
+
+
+class RouterState(nn.Module):
+    """Per-layer router state of one model, at fixed addresses for life.
+
+    The route kernel writes affinity, activations, counters and step records; ``slot_of_LE``
+    belongs to the offloader (or to :meth:`MoEGate.set_resident`), ``strength_L`` to the policy.
+    Not part of any ``state_dict``; ``.to(device)`` moves it and never changes a dtype. One
+    stream at a time may route with it.
+
+    Attributes (L layers, E experts; columns and record in :mod:`moe_gpu.kernels.layout`):
+        slot_of_LE: int32, device slot of each expert, -1 absent.
+        strength_L: float32, bonus or budget in force.
+        affinity_LE: float32, decayed activation history.
+        activations_LE: int64, tokens that executed each expert.
+        counters_LC: int64.
+        record_LR: int32, the step record of the last call.
+
+    Args:
+        num_layers: MoE layers L, ``>= 1``.
+        num_experts: Experts per layer E, ``>= 1``.
+        device: Where the tensors live.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str | None = None):
+        super().__init__()
+        for name, value in (("num_layers", num_layers), ("num_experts", num_experts)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.num_layers, self.num_experts = num_layers, num_experts
+        L, E = num_layers, num_experts
+        for name, shape, dtype, value in (
+            ("slot_of_LE", (L, E), torch.int32, -1),
+            ("strength_L", (L,), torch.float32, 0),
+            ("affinity_LE", (L, E), torch.float32, 0),
+            ("activations_LE", (L, E), torch.int64, 0),
+            ("counters_LC", (L, layout.NUM_COUNTERS), torch.int64, 0),
+            ("record_LR", (L, layout.record_width(E)), torch.int32, 0),
+            ("scratch", (layout.scratch_words(E, 4096),), torch.int32, 0),
+        ):
+            tensor = torch.full(shape, value, dtype=dtype, device=device)
+            self.register_buffer(name, tensor, persistent=False)
+        # a captured CUDA graph keeps the address it saw: outgrown scratch is never freed
+        self._outgrown = []
+
+    def reserve(self, tokens: int, decay: float) -> None:
+        """Make room for route calls of ``tokens`` tokens; allocates only when more is needed."""
+        words = layout.scratch_words(self.num_experts, min(tokens, affinity_window(decay)))
+        if words > self.scratch.numel():
+            self._outgrown.append(self.scratch)
+            self.scratch = self.scratch.new_zeros(words)
+
+    def reset(self) -> None:
+        """Forget history and counts; residency and strength stay."""
+        for tensor in (self.affinity_LE, self.activations_LE, self.counters_LC):
+            tensor.zero_()
+
+    def _apply(self, fn, recurse=True):
+        # .half() and .to(dtype) must not reach counters or affinity: follow the device only
+        for name, tensor in self._buffers.items():
+            self._buffers[name] = tensor.to(fn(tensor.new_empty(0, dtype=torch.float32)).device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the sizes in ``print(gate)``."""
+        return f"num_layers={self.num_layers}, num_experts={self.num_experts}"

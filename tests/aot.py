@@ -1,0 +1,158 @@
+"""Compile route-kernel variants to machine code on a machine without a GPU, in this process.
+
+Run as a script with TRITON_INTERPRET unset: ``python tests/aot.py TARGET INDEX [INDEX ...]``
+compiles those entries of :data:`VARIANTS` and prints one JSON line each: registers, spills.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+EXACT, BONUS, RANGE_BONUS, MASS = range(4)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of the kernel, as a model and a call size ask for it."""
+
+    E: int
+    K: int
+    T: int  # call size: decides tile, warps and whether the call is one tile
+    rule: int = MASS
+    protect: int = 1
+    dtype: str = "bf16"
+    renormalize: bool = True
+    from_demand: bool = True
+    num_valid: bool = False
+    ids: str = "i64"
+    weights: str = "fp32"
+
+
+ROUTERS = [(8, 2), (16, 2), (60, 4), (64, 6), (64, 8), (128, 8), (160, 6), (256, 8), (512, 10)]
+SIZES = [1, 4, 64, 4096]  # decode, small batch, the largest policy call, prefill
+
+VARIANTS = [
+    # every router at every size, as a bf16 model with the default policy meets them
+    *[Variant(E, K, T, rule=MASS if T <= 64 else EXACT) for E, K in ROUTERS for T in SIZES],
+    # every rule on the two ends of the router table
+    *[
+        Variant(E, K, T, rule=rule, protect=protect)
+        for E, K in [(8, 2), (128, 8)]
+        for T in [1, 64]
+        for rule, protect in [(EXACT, 0), (BONUS, 0), (RANGE_BONUS, 1), (MASS, 0)]
+    ],
+    # logits of the other dtypes
+    *[
+        Variant(E, K, T, dtype=dtype)
+        for E, K in [(8, 2), (128, 8)]
+        for T in [1, 64]
+        for dtype in ["fp32", "fp16"]
+    ],
+    # bounds: the largest router, one expert, all experts, not a power of two
+    Variant(1024, 16, 1, dtype="fp32"),
+    Variant(1024, 16, 64, dtype="fp32"),
+    Variant(1024, 16, 4096, rule=EXACT, dtype="fp32"),
+    Variant(1024, 16, 64, rule=BONUS, protect=0, dtype="fp32"),
+    Variant(1, 1, 1),
+    Variant(8, 8, 1),
+    Variant(13, 3, 64),
+    # interface options
+    Variant(8, 2, 1, num_valid=True),
+    Variant(8, 2, 4096, rule=EXACT, num_valid=True),
+    Variant(64, 6, 1, renormalize=False),
+    Variant(64, 6, 64, renormalize=False),
+    Variant(8, 2, 1, rule=BONUS, protect=0, from_demand=False),
+    Variant(8, 2, 64, rule=BONUS, protect=0, from_demand=False),
+    Variant(8, 2, 1, ids="i32", weights="bf16"),
+]
+
+
+def compile_variant(variant: Variant, target: str) -> dict:
+    """Compile one variant; return registers and spills (bytes on CUDA, registers on AMD)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moe_gpu.kernels._route_kernel import route_kernel
+    from moe_gpu.kernels.route import launch_options, tile_of
+
+    v = variant
+    BLOCK_T, BLOCK_E, num_warps = tile_of(v.T, v.E, v.K)
+    constants = {
+        "E": v.E, "K": v.K, "J": min(v.protect, v.K), "RULE": v.rule,
+        "RENORMALIZE": v.renormalize, "FROM_DEMAND": v.from_demand,
+        "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "ONE_TILE": v.T <= BLOCK_T,
+        "stride_le": 1, **({} if v.num_valid else {"num_valid_ptr": None}),
+    }  # fmt: skip
+    types = {
+        "logits_ptr": f"*{v.dtype}", "stride_lt": "i32", "stride_le": "i32",
+        "num_valid_ptr": "*i32", "slot_of_ptr": "*i32", "strength_ptr": "*fp32",
+        "weights_ptr": f"*{v.weights}", "stride_wt": "i32", "ids_ptr": f"*{v.ids}",
+        "stride_it": "i32", "affinity_ptr": "*fp32", "activations_ptr": "*i64",
+        "counters_ptr": "*i64", "record_ptr": "*i32", "scratch_ptr": "*i32",
+        "T": "i32", "layer": "i32", "window": "i32",
+        "decay": "fp32", "boost": "fp32", "max_score": "fp32",
+    }  # fmt: skip
+    signature = {
+        name: "constexpr" if name in constants else types[name] for name in route_kernel.arg_names
+    }
+    # what the launcher knows of fresh tensors: pointers are 16-byte aligned
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(route_kernel.arg_names)
+        if name.endswith("_ptr") and name not in constants
+    }
+    source = ASTSource(route_kernel, signature, constants, aligned)
+    backend, arch, warp = TARGETS[target]
+    binary = triton.compile(
+        source,
+        target=GPUTarget(backend, arch, warp),
+        options=launch_options(num_warps, hip=backend == "hip"),
+    )
+    usage = _cuda_usage if backend == "cuda" else _amd_usage
+    return usage(binary) | {"warps": num_warps, "shared_bytes": binary.metadata.shared}
+
+
+def _cuda_usage(binary) -> dict:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers = int(re.search(r"REG:(\d+)", text)[1])
+    # a kernel without local arrays uses stack and local memory for spills alone
+    spill = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+    return {"registers": registers, "spill": spill}
+
+
+def _amd_usage(binary) -> dict:
+    text = binary.asm["amdgcn"]
+    spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", text)
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    return {"registers": int(registers[1]), "spill": sum(map(int, spills))}
+
+
+if __name__ == "__main__":
+    for index in map(int, sys.argv[2:]):
+        print(
+            json.dumps({"index": index, **compile_variant(VARIANTS[index], sys.argv[1])}),
+            flush=True,
+        )
