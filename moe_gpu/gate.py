@@ -31,7 +31,7 @@ class Routing(NamedTuple):
     """What the gate decided for T tokens."""
 
     logits: torch.Tensor  # (T, E), as the router made them
-    weights: torch.Tensor  # (T, K) float32, best expert first
+    weights: torch.Tensor  # (T, K) float32 (float64 for such logits in training), best first
     ids: torch.Tensor  # (T, K) int64, K distinct experts per row
 
 
@@ -98,6 +98,7 @@ class MoEGate(nn.Module):
         if hidden_size is not None:
             _check_int("hidden_size", hidden_size, 1)
         _check_int("max_policy_tokens", max_policy_tokens, 0)
+        _check_int("layer", layer, 0)
         _check_real("decay", decay, 0.0, 1.0)
         _check_real("boost", boost, 0.0)
         _check_real("max_score", max_score, 0.0)
@@ -159,7 +160,11 @@ class MoEGate(nn.Module):
         """
         if self.weight is None:
             raise RuntimeError("this gate was built without hidden_size: call route(logits)")
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states must have {self.hidden_size} columns, got {hidden_states.shape[-1]}"
+            )
+        x_TD = hidden_states.reshape(-1, self.hidden_size)
         return self.route(F.linear(x_TD, self.weight), num_valid=num_valid)
 
     def route(
@@ -175,7 +180,8 @@ class MoEGate(nn.Module):
         chosen ids, so the gradient is that of the model's own mixing rule.
 
         Args:
-            logits: ``(T, E)``, float32, float16 or bfloat16, any strides.
+            logits: ``(T, E)``, float32, float16 or bfloat16 (float64 is routed as float32), any
+                strides.
             num_valid: Device scalar int32; rows from there on are padding: weight 0, distinct ids
                 in range, no effect on any state.
             out: ``(weights, ids)`` tensors to write to; nothing is allocated then.
@@ -194,6 +200,8 @@ class MoEGate(nn.Module):
         policy = self._policy if T <= self.max_policy_tokens else Exact()
         if T > 4096:
             self.state.reserve(T, self.decay)
+        # float64 (gradient checks) is routed as float32 and weighed as float64
+        scores = logits.float() if logits.dtype == torch.float64 else logits
         arguments = {
             "top_k": self.top_k,
             "rule": policy.rule,
@@ -207,13 +215,14 @@ class MoEGate(nn.Module):
             "out": out,
         }
         if self._timer is None:
-            weights_TK, ids_TK = route(logits, self.state, self.layer, **arguments)
+            weights_TK, ids_TK = route(scores, self.state, self.layer, **arguments)
         else:
             with self._timer.call(logits.device):
-                weights_TK, ids_TK = route(logits, self.state, self.layer, **arguments)
+                weights_TK, ids_TK = route(scores, self.state, self.layer, **arguments)
         self._last_path = route_path(logits.device)
         if needs_grad:
-            weights_TK = mixing_weights(logits.float(), ids_TK, self.renormalize)
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            weights_TK = mixing_weights(wide, ids_TK, self.renormalize)
             if num_valid is not None:
                 weights_TK = weights_TK.masked_fill(_padding_rows(T, num_valid), 0.0)
         return Routing(logits, weights_TK, ids_TK)
