@@ -180,7 +180,9 @@ def by_score(keys, codes, executed_te, all_te, code_te, K: tl.constexpr):
 
 
 @triton.jit
-def mixing_weights_of(scores_te, key_te, keys, demand_keys, K: tl.constexpr, RENORMALIZE: tl.constexpr):
+def mixing_weights_of(
+    scores_te, key_te, keys, demand_keys, K: tl.constexpr, RENORMALIZE: tl.constexpr
+):
     """Weights of the K experts in ``keys``; uniform where no score is finite."""
     weights = ()
     if RENORMALIZE and K == 2:

@@ -200,7 +200,9 @@ def _(*args):
 
 def _check(logits_TE, state, layer, top_k, num_valid):
     if logits_TE.ndim != 2:
-        raise ValueError(f"logits must be 2-D (tokens, experts), got shape {tuple(logits_TE.shape)}")
+        raise ValueError(
+            f"logits must be 2-D (tokens, experts), got shape {tuple(logits_TE.shape)}"
+        )
     if logits_TE.dtype not in _FLOATS:
         raise TypeError(f"logits must be float32, float16 or bfloat16, got {logits_TE.dtype}")
     L, E = state.slot_of_LE.shape
@@ -209,9 +211,7 @@ def _check(logits_TE, state, layer, top_k, num_valid):
     if E > MAX_EXPERTS:
         raise ValueError(f"num_experts must lie in [1, {MAX_EXPERTS}], got {E}")
     if not 1 <= top_k <= min(E, MAX_TOP_K):
-        raise ValueError(
-            f"top_k must lie in [1, {min(E, MAX_TOP_K)}] for {E} experts, got {top_k}"
-        )
+        raise ValueError(f"top_k must lie in [1, {min(E, MAX_TOP_K)}] for {E} experts, got {top_k}")
     if not 0 <= layer < L:
         raise ValueError(f"layer must lie in [0, {L - 1}], got {layer}")
     if logits_TE.device != state.slot_of_LE.device:

@@ -98,7 +98,9 @@ def select_ref(
     wanted_T = mass_TE.gather(1, demand_TK).sum(1)
     lost_T = (wanted_T - mass_TE.gather(1, ids_TK).sum(1)).clamp(min=0)
     swapped_T = (ids_TK != demand_TK).any(1)
-    return Selection(demand_TK, ids_TK, torch.where(swapped_T & (wanted_T > 0), lost_T / wanted_T, 0.0))
+    return Selection(
+        demand_TK, ids_TK, torch.where(swapped_T & (wanted_T > 0), lost_T / wanted_T, 0.0)
+    )
 
 
 def _take_biased_best(scores_TE, resident_TE, order_TE, k, J, rule, strength):
@@ -228,9 +230,7 @@ def route_ref(
     valid = T if num_valid is None else max(0, min(T, int(num_valid)))
     scores_TE = logits_TE.detach().float()
     resident_E = state.slot_of_LE[layer] >= 0
-    picked = select_ref(
-        scores_TE, resident_E, top_k, rule, state.strength_L[layer], protect
-    )
+    picked = select_ref(scores_TE, resident_E, top_k, rule, state.strength_L[layer], protect)
     executed_TK = picked.ids_TK.clone()
     executed_TK[valid:] = picked.demand_TK[valid:]  # padding rows are not swapped
     weights = mixing_weights(scores_TE, executed_TK, renormalize)
@@ -276,7 +276,9 @@ def route_ref(
     count = (priority_E != layout.PRIORITY_NONE).sum().reshape(1)
     affinity_bits_E = affinity_E.view(torch.int32)
     record_R.copy_(
-        torch.cat([generation, count, executed_E, waiting_E, priority_E, affinity_bits_E, generation])
+        torch.cat(
+            [generation, count, executed_E, waiting_E, priority_E, affinity_bits_E, generation]
+        )
     )
 
 

@@ -76,7 +76,11 @@ def test_requests_say_who_waits_for_whom(device):
     gate.route(torch.tensor(rows, dtype=torch.float32, device=device))
     urgent, background = gate.requests()
     assert (urgent.expert, urgent.priority, urgent.tokens) == (5, Priority.URGENT, 2)
-    assert (background.expert, background.priority, background.tokens) == (6, Priority.BACKGROUND, 1)
+    assert (background.expert, background.priority, background.tokens) == (
+        6,
+        Priority.BACKGROUND,
+        1,
+    )
     assert urgent.direction is background.direction is Direction.IN and urgent.layer == 0
     assert gate.activations.tolist() == [2, 0, 0, 2, 0, 2, 0, 0]
     metrics = gate.metrics()

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from routing import STATE, assert_same, both, make_state
 
 from moe_gpu.kernels import route as route_module
 from moe_gpu.kernels.route import _route, route, tile_of
 from moe_gpu.kernels.route_ref import Rule, select_ref
-
-from routing import STATE, assert_same, both, make_state
 
 RULES = [  # rule, protect, strength: strong enough to swap often on unit-normal logits
     (Rule.EXACT, 0, 0.0),
@@ -189,7 +188,12 @@ def test_same_bits_on_every_grid(E, K, device, monkeypatch):
 
     wanted = run()
     BLOCK_E = tile_of(70, E, K)[1]
-    grids = [((1, BLOCK_E, 1), 3), ((8, BLOCK_E, 1), 1024), ((32, BLOCK_E, 4), 1), ((32, BLOCK_E, 2), 2)]
+    grids = [
+        ((1, BLOCK_E, 1), 3),
+        ((8, BLOCK_E, 1), 1024),
+        ((32, BLOCK_E, 4), 1),
+        ((32, BLOCK_E, 2), 2),
+    ]
     for tile, programs in grids:  # rows per tile, programs that share them
         for got, want in zip(run(tile, programs), wanted, strict=True):
             assert torch.equal(got, want), (tile, programs)

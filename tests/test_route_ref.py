@@ -129,7 +129,9 @@ def test_residency_may_differ_by_token():
 )
 def test_mixing_weights(row, ids, renormalize, expected):
     weights = mixing_weights(scores(*row), torch.tensor([ids]), renormalize)
-    torch.testing.assert_close(weights, torch.tensor([expected], dtype=torch.float32), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        weights, torch.tensor([expected], dtype=torch.float32), atol=1e-7, rtol=0
+    )
 
 
 def test_affinity_ages_in_token_order():

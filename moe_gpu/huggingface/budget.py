@@ -1,0 +1,125 @@
+"""How many slots per layer: from a count, from a share of the experts, or from bytes."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from ..offload import ExpertLayout
+from ..offload.offloader import check_slots
+from .families import MoEBlock
+
+_UNITS = {"B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
+
+
+def parse_bytes(name: str, amount: int | str) -> int:
+    """Return a number of bytes from an int or from text such as ``"20GiB"`` or ``"512 MB"``.
+
+    Raises:
+        TypeError: Neither an int nor text.
+        ValueError: Text that is not a number and a unit, or an amount below 1.
+    """
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", amount)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f'{name} must be bytes or text such as "20GiB", got {amount!r}')
+        num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    elif isinstance(amount, int) and not isinstance(amount, bool):
+        num_bytes = amount
+    else:
+        raise TypeError(f'{name} must be an int or text such as "20GiB", got {amount!r}')
+    if num_bytes < 1:
+        raise ValueError(f"{name} must be >= 1 byte, got {amount!r}")
+    return num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeeds:
+    """What a model asks of the device, in bytes.
+
+    Attributes:
+        dense: Weights and buffers that are not experts.
+        kv_cache: Keys and values of one sequence.
+        workspace: Activations of a prefill in one call, and the logits of its last token. An
+            estimate, untuned.
+        slot: One slot in every MoE layer.
+        context_tokens: What ``kv_cache`` and ``workspace`` are counted for.
+    """
+
+    dense: int
+    kv_cache: int
+    workspace: int
+    slot: int
+    context_tokens: int
+
+    def slots_within(self, gpu_memory: int, num_experts: int) -> int:
+        """Return the slots per layer, at most E, that fit into a budget.
+
+        Raises:
+            ValueError: Not even one fits; states each part.
+        """
+        left = gpu_memory - self.dense - self.kv_cache - self.workspace
+        if left < self.slot:
+            raise ValueError(
+                f"gpu_memory={gpu_memory:,} bytes is too small: dense weights take "
+                f"{self.dense:,}, the KV cache of {self.context_tokens:,} tokens "
+                f"{self.kv_cache:,}, workspace {self.workspace:,}, and one expert slot in every "
+                f"layer {self.slot:,}: {gpu_memory - left + self.slot:,} in all"
+            )
+        return min(num_experts, left // self.slot)
+
+
+def memory_needs(
+    model, blocks: list[MoEBlock], layout: ExpertLayout, context_tokens: int
+) -> MemoryNeeds:
+    """Count what a transformers model needs on the device beside its expert slots.
+
+    Args:
+        model: A ``PreTrainedModel``, not attached.
+        blocks: Its MoE blocks.
+        layout: Of their experts: gate_up_proj ``(2F, D)`` and down_proj ``(D, F)``.
+        context_tokens: Length of the one sequence to make room for, ``>= 1``.
+    """
+    if not isinstance(context_tokens, int) or isinstance(context_tokens, bool):
+        raise TypeError(f"context_tokens must be an int, got {context_tokens!r}")
+    if context_tokens < 1:
+        raise ValueError(f"context_tokens must be >= 1, got {context_tokens}")
+    config = model.config.get_text_config()
+    experts = {id(p) for block in blocks for p in block.experts.parameters()}
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}  # tied ones once
+    dense = sum(t.nbytes for key, t in tensors.items() if key not in experts)
+
+    item = model.dtype.itemsize
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_token = 2 * config.num_hidden_layers * kv_heads * head_dim * item
+
+    D, F = layout.fields["down_proj"].shape
+    # hidden states and attention; gathered pairs, their outputs twice and weighted in float32;
+    # the widest expert, which all tokens may visit
+    token = 6 * D * item + blocks[0].router.top_k * D * (3 * item + 4) + 3 * F * item
+    workspace = context_tokens * token + config.vocab_size * 4
+    return MemoryNeeds(
+        dense=dense,
+        kv_cache=context_tokens * kv_token,
+        workspace=workspace,
+        slot=len(blocks) * layout.expert_bytes,
+        context_tokens=context_tokens,
+    )
+
+
+def slots_of_share(resident: float | int, num_experts: int) -> int:
+    """Return the slots per layer for a share of the experts in (0, 1], or for an int of them.
+
+    A share rounds down, but never below one slot.
+    """
+    if isinstance(resident, int) and not isinstance(resident, bool):
+        check_slots(resident, num_experts, "resident")
+        return resident
+    if not isinstance(resident, float):
+        raise TypeError(f"resident must be a share in (0, 1] or an int, got {resident!r}")
+    if not 0 < resident <= 1:  # NaN fails too
+        raise ValueError(f"resident must be a share in (0, 1] or an int, got {resident}")
+    return max(1, math.floor(resident * num_experts + 1e-9))  # 0.29 * 100 is 28.999...

@@ -1,0 +1,165 @@
+"""The experts implementation "moe_gpu" of transformers: one product per expert, from its slot.
+
+Pairs are sorted by expert on the device; each expert's slice goes through the slot that the
+offloader names. Every pair's output is kept and the weighted sum is taken at the end, in route
+order and in float32, so neither the order of loads nor waves can change a bit of the result.
+
+Importing this module registers the name, once and for good: it is inert for a model that is not
+attached, and unregistering while another model is attached would break that one.
+
+Shape suffixes: T tokens, K experts per token, N = T * K pairs, D model width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ..offload import ExpertOffloader
+from ..ranges import profiler_range
+
+NAME = "moe_gpu"
+ATTRIBUTE = "moe_gpu_layer"  # on an attached experts module
+
+
+class NotCopyable:
+    """Something on an attached model that has no meaning on a copy of it."""
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("an attached model cannot be copied: detach() first, or save_pretrained")
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("an attached model cannot be pickled: detach() first, or save_pretrained")
+
+
+class ExpertsLayer(NotCopyable):
+    """What an attached experts module knows about its offloader."""
+
+    def __init__(self, offloader: ExpertOffloader, layer: int):
+        self.offloader, self.layer = offloader, layer
+
+
+def experts_forward(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Compute the mixture of an attached layer; the interface of transformers' experts.
+
+    Args:
+        module: The experts module; its parameters are the device slots.
+        hidden_states: ``(T, D)``.
+        top_k_index: Expert ids, int64 ``(T, K)``, of the layer's last route call.
+        top_k_weights: Mixing weights ``(T, K)``.
+
+    Returns:
+        ``(T, D)`` in the dtype of ``hidden_states``. Has no backward pass: one is refused when it
+        is asked for.
+    """
+    attached = module.__dict__.get(ATTRIBUTE)
+    if attached is None:
+        return _own_forward(module)(module, hidden_states, top_k_index, top_k_weights)
+    arguments = (hidden_states, top_k_weights, top_k_index, module, attached)
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        return _ForwardOnly.apply(*arguments)
+    return _mix(*arguments)
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Slots hold other experts by the time a backward pass would read them."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _mix(*arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("the experts of an attached model have no backward pass: detach() first")
+
+
+def _mix(hidden_states, weights_TK, ids_TK, module, attached):
+    (T, D), K, layer = hidden_states.shape, ids_TK.shape[1], attached.layer
+    if T == 0:
+        return torch.empty_like(hidden_states)
+    with profiler_range("moe_gpu::experts"):
+        attached.offloader.request(layer)
+        # queued behind the request: the device sorts while the host waits and plans
+        order_N = ids_TK.reshape(-1).argsort(stable=True)
+        x_ND = hidden_states.expand(K, D) if T == 1 else hidden_states[order_N // K]
+
+        outputs, computed = {}, 0
+        for expert, slot, start, stop in attached.offloader.step(layer, T * K):
+            hidden = module._apply_gate(F.linear(x_ND[start:stop], module.gate_up_proj[slot]))
+            outputs[expert] = F.linear(hidden, module.down_proj[slot])
+            computed += stop - start
+        if computed != T * K:  # another step of this layer closed ours
+            raise RuntimeError(f"layer {layer}: two forwards of one attached model overlapped")
+
+        sorted_ND = torch.cat([outputs[expert] for expert in sorted(outputs)])
+        pairs_ND = torch.empty_like(sorted_ND).index_copy_(0, order_N, sorted_ND)
+        weighted_TKD = pairs_ND.view(T, K, D) * weights_TK.float().unsqueeze(-1)  # float32
+        return weighted_TKD.sum(1).to(hidden_states.dtype)
+
+
+@dataclass
+class _Switched:
+    """A config object that attached models switched to our implementation."""
+
+    config: Any  # kept alive, and so is its id
+    own: str | None  # what it said before
+    attached: int  # models that share it
+
+
+_switched: dict[int, _Switched] = {}
+
+
+def switch_on(model: nn.Module) -> list:
+    """Select our implementation for a model, and return the config objects this concerns.
+
+    Models built from one config object share the setting, so attached ones are counted.
+    """
+    configs = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_experts_implementation_internal"):
+            configs[id(config)] = config
+    for key, config in configs.items():
+        own = config._experts_implementation_internal
+        _switched.setdefault(key, _Switched(config, own, 0)).attached += 1
+    try:
+        model.set_experts_implementation(NAME)
+    except BaseException:
+        switch_off(configs.values())
+        raise
+    return list(configs.values())
+
+
+def switch_off(configs: Iterable) -> None:
+    """Select what the configs said before, where no other attached model shares them."""
+    for config in configs:
+        entry = _switched[id(config)]
+        entry.attached -= 1
+        if not entry.attached:
+            # the setter would also reach sub-configs, which are in the list themselves
+            config._experts_implementation_internal = entry.own
+            del _switched[id(config)]
+
+
+def _own_forward(module):
+    """What runs an experts module that is not attached but shares an attached model's config."""
+    entry = _switched.get(id(module.config))
+    if entry is None:
+        raise RuntimeError(
+            f"experts implementation {NAME!r} belongs to attached models: call moe_gpu.attach, "
+            "or select another one with set_experts_implementation"
+        )
+    eager = type(module).forward.__wrapped__
+    return ALL_EXPERTS_FUNCTIONS.get_interface(entry.own, eager)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

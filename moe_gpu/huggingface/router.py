@@ -1,0 +1,57 @@
+"""The router of an attached layer: the gate behind the router's own ``forward``."""
+
+import functools
+
+import torch
+from torch import nn
+
+from ..gate import MoEGate
+from ..ranges import profiler_range
+from .experts import NAME, NotCopyable
+from .families import MoEBlock
+
+
+class RoutedForward(NotCopyable):
+    """Takes the place of ``router.forward`` on the router object, with its signature.
+
+    The module stays the one that transformers made, so hooks on it, recorded router logits and
+    its parameters keep working. It also notices, before a layer computes, what would make the
+    experts compute nonsense.
+
+    Args:
+        block: Router and experts of the layer.
+        gate: Routes the logits.
+        slots: The parameters of the experts, by name, as attached: views of the device slots.
+    """
+
+    def __init__(self, block: MoEBlock, gate: MoEGate, slots: dict[str, torch.Tensor]):
+        functools.update_wrapper(self, block.router.forward)  # the signature
+        self._block, self._gate = block, gate
+        self._addresses = [(name, slot.data_ptr()) for name, slot in slots.items()]
+
+    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs):
+        """Return ``(router_logits, weights, ids)`` for hidden states ``(..., D)``."""
+        router = self._block.router
+        self._check(router, self._block.experts)
+        with profiler_range("moe_gpu::route"):
+            hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+            logits_TE = self._block.family.logits(router, hidden_TD)
+            return tuple(self._gate.route(logits_TE))
+
+    def _check(self, router: nn.Module, experts: nn.Module) -> None:
+        if router.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "an attached model is for inference: call eval() or torch.no_grad(), or detach()"
+            )
+        if experts.config._experts_implementation != NAME:
+            raise RuntimeError(
+                f"{self._block.name}: the experts implementation was changed to "
+                f"{experts.config._experts_implementation!r} while attached; set it to {NAME!r} "
+                "again, or detach()"
+            )
+        for name, address in self._addresses:
+            if experts._parameters[name].data_ptr() != address:
+                raise RuntimeError(
+                    f"{self._block.name}: {name} is no longer the device slots: the model was "
+                    "moved or converted while attached; detach() first"
+                )

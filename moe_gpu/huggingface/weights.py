@@ -1,0 +1,122 @@
+"""Takes the expert weights of a model into a store, puts slots in their place, and gives them back.
+
+The parameter objects stay the same ones throughout; only their data is exchanged. While attached,
+``state_dict`` shows the full weights and ``load_state_dict`` is refused.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..offload import ExpertLayout, HostStore
+from .families import MoEBlock
+
+
+def expert_parameters(block: MoEBlock) -> dict[str, nn.Parameter]:
+    """Return the parameters of a block's experts by name."""
+    return dict(block.experts.named_parameters())
+
+
+def common_layout(blocks: list[MoEBlock]) -> tuple[ExpertLayout, int]:
+    """Return the layout of an expert and the experts per layer, the same for every block.
+
+    Raises:
+        ValueError: Weights that are not all of one layout, not floating point, not loaded
+            (device ``meta``) or that hold gradients.
+    """
+    layout, num_experts = None, None
+    for block in blocks:
+        parameters = expert_parameters(block)
+        for name, parameter in parameters.items():
+            where = f"{block.name}.experts.{name}"
+            if parameter.is_meta:
+                raise ValueError(f"{where} is on device meta: load the weights first")
+            if not parameter.is_floating_point():
+                raise ValueError(f"{where} must be floating point, got {parameter.dtype}")
+            if parameter.grad is not None:
+                raise ValueError(f"{where} holds a gradient: zero_grad(set_to_none=True) first")
+        found = ExpertLayout.of(parameters), block.router.num_experts
+        if layout is None:
+            layout, num_experts = found
+        if found != (layout, num_experts) or any(
+            parameter.shape[0] != num_experts for parameter in parameters.values()
+        ):
+            raise ValueError(
+                f"{block.name}: every MoE layer must have {num_experts} experts of one shape and "
+                f"dtype, got {[tuple(p.shape) for p in parameters.values()]}"
+            )
+    return layout, num_experts
+
+
+class ExpertWeights:
+    """The expert weights of a model while they are in a store.
+
+    Args:
+        model: The model; its state-dict hooks are set here.
+        blocks: Its MoE blocks, layer by layer.
+        store: Where the weights go.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[MoEBlock], store: HostStore):
+        self.store = store
+        self._model, self._blocks = model, blocks
+        self._taken: list[dict[str, tuple[torch.device, bool]]] = []
+        self._hooks = []
+
+    def take(self) -> None:
+        """Move the weights into the store, layer by layer: one layer exists twice at a time."""
+        for layer, block in enumerate(self._blocks):
+            parameters = expert_parameters(block)
+            self.store.put(layer, {name: p.detach() for name, p in parameters.items()})
+            self._taken.append({n: (p.device, p.requires_grad) for n, p in parameters.items()})
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+                parameter.data = parameter.data.new_empty(0)
+
+    def show_slots(self, views_L: list[dict[str, torch.Tensor]]) -> None:
+        """Make the device slots the parameters' data, and set the state-dict hooks."""
+        for block, views in zip(self._blocks, views_L, strict=True):
+            for name, parameter in expert_parameters(block).items():
+                parameter.data = views[name]
+        for layer, block in enumerate(self._blocks):
+            hook = self._full_weights(layer)
+            self._hooks.append(block.experts.register_state_dict_post_hook(hook))
+        # every module above the experts refuses, so that nothing is loaded before the refusal
+        for name in sorted({name for block in self._blocks for name in _path_to_experts(block)}):
+            module = self._model.get_submodule(name)
+            self._hooks.append(module.register_load_state_dict_pre_hook(_refuse_load))
+
+    def give_back(self) -> None:
+        """Undo :meth:`take` and :meth:`show_slots`, as far as they got; can be called again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        while self._taken:
+            layer = len(self._taken) - 1
+            for name, parameter in expert_parameters(self._blocks[layer]).items():
+                device, requires_grad = self._taken[layer][name]
+                stored = self.store.parameter(layer, name)
+                full = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+                parameter.data = full.copy_(stored)
+                parameter.requires_grad_(requires_grad)
+            self.store.drop(layer)
+            self._taken.pop()
+
+    def _full_weights(self, layer: int) -> Callable:
+        def put_full_weights(module, state_dict, prefix, local_metadata):
+            for name in self.store.layout.fields:
+                full = self.store.parameter(layer, name)
+                state_dict[prefix + name] = full.clone(memory_format=torch.contiguous_format)
+
+        return put_full_weights
+
+
+def _path_to_experts(block: MoEBlock) -> list[str]:
+    """Return the names of the modules from the model, "", down to the experts."""
+    parts = f"{block.name}.experts".lstrip(".").split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) + 1)]
+
+
+def _refuse_load(module, state_dict, prefix, *_):
+    raise RuntimeError("an attached model cannot load a state dict: detach() first")

@@ -1,0 +1,93 @@
+"""profiling/quality.py: the side-by-side simulation is the live path, hit for hit."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
+
+import moe_gpu  # noqa: E402
+from moe_gpu import CacheBonus, Exact, MassBudget  # noqa: E402
+from moe_gpu.kernels import route as route_module  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def quality():
+    path = Path(__file__).parents[1] / "profiling" / "quality.py"
+    spec = importlib.util.spec_from_file_location("quality", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["quality"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["quality"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=8,
+        num_experts_per_tok=2, sliding_window=None, initializer_range=0.3,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def decode(model, row_T):
+    """Return the summed loss of tokens 1.. and feed them one by one."""
+    cache, nll = None, 0.0
+    for token, target in zip(row_T[:-1], row_T[1:], strict=True):
+        out = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        nll += torch.nn.functional.cross_entropy(out.logits[0, -1:].float(), target[None]).item()
+    return nll
+
+
+@pytest.mark.parametrize("eviction", ["lru", "affinity"])
+@pytest.mark.parametrize(
+    "policy",
+    [Exact(), CacheBonus(0.5), CacheBonus(0.2, "logit_range", 1), MassBudget(0.3)],
+    ids=str,
+)
+def test_simulation_is_the_live_path(quality, model, policy, eviction, monkeypatch):
+    monkeypatch.setattr(route_module, "_INTERPRET", False)  # as a user's CPU routes
+    rows_NT = torch.randint(0, 64, (2, 30))
+    counts = quality.evaluate(model, rows_NT, 3, policy, eviction)
+    for n, row_T in enumerate(rows_NT):
+        with moe_gpu.attach(model, slots=3, policy=policy, eviction=eviction) as moe:
+            nll = decode(model, row_T)
+            metrics = moe.metrics()
+        assert metrics.loads == metrics.misses == counts.loads[n]
+        assert metrics.swaps == counts.swaps[n] and metrics.pairs == counts.pairs[n]
+        assert metrics.moved_mass == pytest.approx(counts.moved[n].item(), abs=1e-4)
+        assert nll == pytest.approx(counts.nll[n].item(), rel=1e-4)
+    assert isinstance(policy, Exact) or counts.swaps.sum() > 0
+
+
+def test_curves_are_compared_at_equal_perplexity(quality):
+    changes = torch.tensor([[0.0, 1.0, 0.5, 2.0]], dtype=torch.float64)  # 0.5 becomes 1.0
+    misses = torch.tensor([[100.0, 80.0, 70.0, 50.0]], dtype=torch.float64)
+
+    def at(target):
+        return quality.misses_at(
+            changes, misses, torch.tensor([target], dtype=torch.float64)
+        ).item()
+
+    assert at(0.5) == 90 and at(1.5) == 60 and at(9.0) == 50
+
+
+def test_paired_change_of_a_uniform_loss(quality):
+    def counts(nll):
+        return quality.Counts(torch.tensor(nll), *[torch.zeros(2)] * 4, tokens=10)
+
+    index = torch.tensor([[0, 1], [0, 0]])
+    change = quality.change_percent(counts([11.0, 22.0]), counts([10.0, 20.0]), index)
+    # 1.5 nats in 10 tokens on average, then 1.0
+    torch.testing.assert_close(
+        change, torch.tensor([0.15, 0.1], dtype=torch.float64).exp().mul(100) - 100
+    )

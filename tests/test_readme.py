@@ -1,0 +1,141 @@
+"""README.md: its code runs, its commands exist, its numbers are the measured ones."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLE = ROOT / "profiling" / "readme_table.py"
+
+
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(language):
+    return [text for name, text in FENCED if name == language]
+
+
+def commands():
+    lines = "\n".join(blocks("bash")).splitlines()
+    inline = re.findall(r"`(python [^`]+|make [^`]+)`", README)
+    return [c for line in [*lines, *inline] if (c := line.split("#")[0].strip())]
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_python_block_runs(code, tmp_path):
+    # as a newcomer runs it: the kernels' interpreter is for tests of the kernels
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["OMP_NUM_THREADS"] = "1"  # two on a busy machine cost minutes
+    script = tmp_path / "block.py"
+    script.write_text(code)
+    child = subprocess.run(
+        [sys.executable, script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip()
+
+
+def test_there_are_commands_and_code():
+    assert {"make demo", "make test"} <= set(commands())
+    assert len(blocks("python")) >= 2
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_make_target_exists(command):
+    dry = subprocess.run(
+        ["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert dry.returncode == 0, dry.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python ")])
+def test_script_knows_its_options(command):
+    _, script, *arguments = command.split()
+    assert (ROOT / script).is_file()
+    options = {a for a in arguments if a.startswith("--")}
+    if options:
+        shown = subprocess.run(
+            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True
+        )
+        assert shown.returncode == 0, shown.stderr
+        assert options <= set(re.findall(r"--[a-z-]+", shown.stdout))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("pip ")])
+def test_extras_exist(command):
+    setup = (ROOT / "setup.py").read_text()
+    for extra in re.findall(r"\[(\w+)\]", command):
+        assert f'"{extra}": [' in setup
+
+
+def test_every_command_is_checked():
+    assert not [c for c in commands() if c.split()[0] not in ("make", "python", "pip")]
+
+
+def test_paths_in_the_layout_exist():
+    (layout,) = [block for block in blocks("") if block.startswith("moe_gpu/")]
+    for line in layout.splitlines():
+        assert (ROOT / line.split()[0]).is_dir(), line
+
+
+def test_numbers_are_the_measured_ones():
+    check = subprocess.run([sys.executable, TABLE, "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A README of our own, and a function that runs the script on it."""
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
+    results = tmp_path / "results"
+    results.mkdir()
+
+    def run(*arguments):
+        command = [sys.executable, TABLE, "--readme", readme, "--results", results, *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    run.readme, run.results = readme, results / "quality_tiny.json"
+    return run
+
+
+def test_table_without_results_says_not_measured(table):
+    assert table("--check").returncode == 1 and "old" in table.readme.read_text()
+    assert table().returncode == 0
+    assert "not measured" in table.readme.read_text()
+    assert table.readme.read_text().startswith("a\n") and table.readme.read_text().endswith("\nb\n")
+    assert table("--check").returncode == 0
+
+
+def test_table_holds_the_results(table):
+    exact = {
+        "policy": "exact", "resident": "4 of 8", "hit_rate": 0.612, "loads_per_token": 2.5,
+        "mb_per_token": 0.75, "perplexity": 12.3456, "perplexity_change_percent": 0,
+        "ci_low": None, "ci_high": None,
+    }  # fmt: skip
+    mass = exact | {
+        "policy": "mass 0.05", "perplexity_change_percent": 0.123, "ci_low": -0.01, "ci_high": 0.26,
+        "loads_per_token": None,
+    }  # fmt: skip
+    content = {
+        "conditions": {"torch": "2.13.0", "domains": ["code", "prose"]},
+        "rows": [exact, mass],
+    }
+    table.results.write_text(json.dumps(content))
+    assert table().returncode == 0
+    text = table.readme.read_text()
+    assert "| exact | 4 of 8 | 61.2% | 2.50 | 0.750 | 12.346 | the reference |" in text
+    assert "| mass 0.05 | 4 of 8 | 61.2% | not measured |" in text
+    assert "+0.12 % (-0.01 to +0.26) |" in text
+    assert "torch 2.13.0; domains code, prose." in text
+
+
+def test_table_refuses_a_readme_without_markers(table):
+    table.readme.write_text("nothing here")
+    assert table().returncode == 1 and table.readme.read_text() == "nothing here"
