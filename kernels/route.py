@@ -109,7 +109,7 @@ def route(
         ValueError: A shape, bound or device that does not fit, before anything is written.
         TypeError: A dtype that does not fit.
     """
-    _check(logits_TE, state, layer, top_k, num_valid)
+    _check(logits_TE, state, layer, top_k, decay, num_valid)
     T = logits_TE.shape[0]
     if out is None:
         out = (
@@ -198,7 +198,7 @@ def _(*args):
     return None
 
 
-def _check(logits_TE, state, layer, top_k, num_valid):
+def _check(logits_TE, state, layer, top_k, decay, num_valid):
     if logits_TE.ndim != 2:
         raise ValueError(
             f"logits must be 2-D (tokens, experts), got shape {tuple(logits_TE.shape)}"
@@ -218,6 +218,12 @@ def _check(logits_TE, state, layer, top_k, num_valid):
         raise ValueError(
             f"logits are on {logits_TE.device}, but the router state is on "
             f"{state.slot_of_LE.device}: move one of them"
+        )
+    aging = min(logits_TE.shape[0], affinity_window(decay))
+    if state.scratch.numel() < layout.scratch_words(E, aging):
+        raise ValueError(
+            f"state.scratch holds {state.scratch.numel()} words, a call of {logits_TE.shape[0]} "
+            f"tokens with decay={decay} needs {layout.scratch_words(E, aging)}: reserve them first"
         )
     if num_valid is not None:
         if num_valid.dtype != torch.int32 or num_valid.numel() != 1:

@@ -19,6 +19,7 @@ Shape suffixes: T tokens, E experts, K experts per token, L layers, C counters, 
 """
 
 import enum
+import functools
 import math
 from typing import NamedTuple
 
@@ -187,6 +188,7 @@ def mixing_weights(
     return torch.where(none_T1, uniform, weights_TE.gather(1, ids_TK))
 
 
+@functools.lru_cache
 def affinity_window(decay: float) -> int:
     """Return the tokens after which ``decay ** age < 2**-24``: older ones cannot show in float32.
 

@@ -6,7 +6,7 @@ from routing import STATE, assert_same, both, make_state
 
 from moe_gpu.kernels import route as route_module
 from moe_gpu.kernels.route import _route, route, tile_of
-from moe_gpu.kernels.route_ref import Rule, select_ref
+from moe_gpu.kernels.route_ref import Rule, route_ref, select_ref
 
 RULES = [  # rule, protect, strength: strong enough to swap often on unit-normal logits
     (Rule.EXACT, 0, 0.0),
@@ -264,6 +264,33 @@ def test_refusals_change_nothing(bad, error, message, device):
     with pytest.raises(error, match=message):
         route(arguments.pop("logits"), state, arguments.pop("layer"), **arguments)
     assert all(int(getattr(state, name).sum()) == 0 for name in STATE)
+
+
+def test_longer_than_the_scratch_that_a_state_starts_with(device):
+    """Nothing fades at decay 1, so every token of a long call needs room."""
+    logits_TE = torch.randn(4300, 8, device=device)
+    state = make_state(8, device=device)
+    with pytest.raises(ValueError, match="a call of 4300 tokens with decay=1.0 needs"):
+        route(logits_TE, state, 0, top_k=2, decay=1.0)
+    first = state.scratch
+    rules = {"top_k": 2, "decay": 1.0, "boost": 2**-12, "max_score": 1.0}
+    got, state, want, want_state = both(logits_TE, [], 0.0, **rules)
+    assert_same(got, state, want, want_state)
+    assert state.scratch.numel() > first.numel() and any(
+        kept.numel() == first.numel() for kept in state._outgrown
+    ), "a captured graph may still use the first"
+
+
+def test_a_million_tokens_by_the_reference():
+    logits_TE = torch.randn(1_000_003, 8)
+    out = (torch.empty(1_000_003, 2), torch.empty(1_000_003, 2, dtype=torch.int64))
+    state = make_state(8, [0, 1, 2, 3])
+    rules = {"top_k": 2, "rule": Rule.EXACT, "protect": 0, "renormalize": True}
+    rules |= {"affinity_from_demand": True, "decay": 0.9, "boost": 1.0, "max_score": 1.0}
+    route_ref(logits_TE, *out, None, state, 0, **rules)
+    assert state.counters_LC[0, :2].tolist() == [1_000_003, 2_000_006]
+    assert state.activations_LE.sum() == 2_000_006
+    assert torch.equal(out[1], logits_TE.topk(2).indices)
 
 
 def test_more_experts_than_the_kernel_holds(device):
