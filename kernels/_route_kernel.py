@@ -156,6 +156,9 @@ def _finish(
 ):  # fmt: skip
     """Write the layer's state once all rows are routed; pointers are at the layer's row."""
     mask_e = offs_e < E
+    # a narrow row is held by several warps, each of which has loaded it: none may still be
+    # loading when another stores
+    tl.debug_barrier()
     tl.store(affinity_ptr + offs_e, affinity_e, mask=mask_e)
 
     missing_e = missing_e == 1
@@ -290,18 +293,16 @@ def route_kernel(
         tl.debug_barrier()  # every thread's atomics are issued before the ticket is taken
         ticket = tl.atomic_add(scratch_ptr, 1, sem="acq_rel", scope="gpu")
         if ticket == tl.num_programs(0) - 1:
+            # past the first-level cache: other programs' atomics are in the second
             executed_e = tl.load(executed_ptr, mask=mask_e, other=0, cache_modifier=".cg")
-            tl.store(executed_ptr, tl.zeros_like(executed_e), mask=mask_e)
             swapped_e = tl.zeros([BLOCK_E], tl.int32)
             if RULE != EXACT:
                 swapped_e = tl.load(executed_ptr + E, mask=mask_e, other=0, cache_modifier=".cg")
-                tl.store(executed_ptr + E, tl.zeros_like(swapped_e), mask=mask_e)
             affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
             chunk = first_chunk
             while chunk * CHUNK < num_valid:
                 ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
                 word_e = tl.load(ptrs, mask=mask_e, other=0, cache_modifier=".cg")
-                tl.store(ptrs, tl.zeros_like(word_e), mask=mask_e)
                 tokens = tl.minimum(num_valid - chunk * CHUNK, CHUNK)
                 affinity_e = _age(affinity_e, word_e, tokens, decay, boost, max_score)
                 chunk += 1
@@ -311,4 +312,13 @@ def route_kernel(
                 affinity_e, executed_e, swapped_e, 0, missing_e, offs_e,
                 T, num_valid, generation, E, K,
             )  # fmt: skip
+            # after the barrier in _finish: every warp has read what is set to zero here
+            zero_e = tl.zeros([BLOCK_E], tl.int32)
             tl.store(scratch_ptr, 0)
+            tl.store(executed_ptr, zero_e, mask=mask_e)
+            if RULE != EXACT:
+                tl.store(executed_ptr + E, zero_e, mask=mask_e)
+            while chunk > first_chunk:
+                chunk -= 1
+                ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
+                tl.store(ptrs, zero_e, mask=mask_e)

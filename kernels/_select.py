@@ -96,21 +96,23 @@ def swap_within_budget(
     left_te, code_te, missing_te, keys, codes, top_t, total_t, strength_t, may_t,
     K: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Rule.MASS: from rank K-1 up, missing experts give way while the moved mass allows it."""
+    """Rule.MASS: from rank K-1 up, missing experts give way while the moved mass allows it.
+
+    A refusal ends the prefix by itself: the next rank up has more mass to move.
+    """
     # residents outside the demand
     free_te = tl.where(missing_te, TAKEN, left_te)
     budget_t = strength_t * total_t
-    open_t = may_t & (total_t > 0.0)
+    may_t = may_t & (total_t > 0.0)
     moved_t = tl.zeros_like(total_t)
     out_keys = ()
     out_codes = ()
     for k in tl.static_range(K - 1, J - 1, -1):
-        wants_t = open_t & ((codes[k] & 1) == 1)
+        wants_t = may_t & ((codes[k] & 1) == 1)
         key_t, code_t = best_of(free_te, code_te)
         cost_t = mass_of(key_score(keys[k]), top_t) - mass_of(key_score(key_t), top_t)
         after_t = moved_t + tl.maximum(cost_t, 0.0)
         takes_t = wants_t & (key_t != TAKEN) & (after_t <= budget_t)
-        open_t = open_t & (takes_t | ((codes[k] & 1) == 0))  # the first refusal ends the prefix
         moved_t = tl.where(takes_t, after_t, moved_t)
         free_te = tl.where(takes_t[:, None] & (code_te == code_t[:, None]), TAKEN, free_te)
         out_keys = (tl.where(takes_t, key_t, keys[k]),) + out_keys
@@ -125,7 +127,7 @@ def swap_within_budget(
 def biased_key(key, missing, bonus):
     """The key of min(s + b, FLOAT32_MAX) for residents; non-finite scores gain nothing."""
     biased = order_key(tl.minimum(key_score(key) + bonus, FLOAT32_MAX))
-    return tl.where(missing | (key <= NONFINITE), key, biased)
+    return tl.where(missing | (key == TAKEN), key, biased)  # -inf plus anything stays -inf
 
 
 @triton.jit

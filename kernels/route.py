@@ -36,17 +36,17 @@ def route_path(device: torch.device) -> str:
 def tile_of(T: int, E: int, K: int) -> tuple[int, int, int]:
     """Return ``(BLOCK_T, BLOCK_E, num_warps)`` for a call of T tokens. Not tuned for speed.
 
-    Triton lays 32 columns of a row across a warp, so a thread holds ``rows`` rows, and for each
-    of them K keys, codes and masses. The table keeps that within the registers
-    (tests/test_compiles.py fails on a spill): several rows a thread for K <= 4, else one, and
-    at most 32 columns a thread. BLOCK_T divides the 32-token chunk.
+    One warp a program up to 512 experts: then no reduction crosses warps and nothing waits at a
+    barrier. Triton lays 32 columns of a row across a warp, so a thread holds several rows where
+    rows are narrow, and for each of them K keys, codes and masses: ``rows`` keeps that within
+    the registers (tests/test_compiles.py fails on a spill). BLOCK_T divides the 32-token chunk.
     """
     BLOCK_E = triton.next_power_of_2(E)
-    rows_per_warp = max(1, 32 // BLOCK_E)
+    rows_per_pass = max(1, 32 // BLOCK_E)
     rows = 8 if K <= 2 else 2 if K <= 4 else 1
-    BLOCK_T = min(4 * rows_per_warp * rows, max(1, 1024 // BLOCK_E), layout.CHUNK)
-    BLOCK_T = min(BLOCK_T, triton.next_power_of_2(T))
-    num_warps = min(4, max(1, BLOCK_T // (rows_per_warp * rows), BLOCK_E // 256))
+    rows = min(rows, max(1, 512 // BLOCK_E))  # at most 16 columns a thread in all
+    BLOCK_T = min(rows_per_pass * rows, layout.CHUNK, triton.next_power_of_2(T))
+    num_warps = max(1, BLOCK_E // 512)
     return BLOCK_T, BLOCK_E, num_warps
 
 
