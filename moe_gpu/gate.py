@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .kernels.route import MAX_EXPERTS, MAX_TOP_K, route, route_path
+from .kernels._checks import MAX_EXPERTS, MAX_TOP_K
+from .kernels.route import route, route_path
 from .kernels.route_ref import mixing_weights
 from .latency import RouteTimer, summarize_us
 from .metrics import Metrics, routing_counts

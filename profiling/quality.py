@@ -284,6 +284,39 @@ def row_of(policy, eviction, counts, exact, slots, experts, layers, expert_bytes
     }
 
 
+def plot(content: dict, path: Path) -> None:
+    """Draw hit rate against perplexity change, one curve per family of policies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    families = {
+        "original bonus": lambda row: row["options"].get("scale") == "absolute",
+        "range-scaled bonus": lambda row: row["options"].get("scale") == "logit_range",
+        "mass budget": lambda row: "budget" in row["options"],
+    }
+    default = [row for row in content["curve"] if row["eviction"] == EVICTION]
+    exact = default[0]
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for name, belongs in families.items():
+        points = [exact, *filter(belongs, default)]
+        x = [row["perplexity_change_percent"] for row in points]
+        y = [row["hit_rate"] * 100 for row in points]
+        low = [v - (row["ci_low"] or 0) for v, row in zip(x, points, strict=True)]
+        high = [(row["ci_high"] or 0) - v for v, row in zip(x, points, strict=True)]
+        axes.errorbar(x, y, xerr=[low, high], marker="o", markersize=4, capsize=2, label=name)
+    axes.axhline(exact["hit_rate"] * 100, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("perplexity against exact routing, % (95 % paired bootstrap)")
+    axes.set_ylabel("hit rate, %")
+    axes.set_title(
+        f"{exact['resident']} experts resident, {content['conditions']['model']}", size=9
+    )
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def git_commit() -> str:
     """Return the commit of the tree, marked if it had changes."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
@@ -354,6 +387,7 @@ def main() -> None:
     partial = args.out.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, args.out)
+    plot(content, args.out.with_suffix(".png"))
     for row in (rows[job] for job in jobs):
         low, high = row["ci_low"] or 0.0, row["ci_high"] or 0.0
         print(

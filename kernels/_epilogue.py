@@ -1,0 +1,88 @@
+"""Device functions at the end of a route call: the affinity ages, the layer's state is written.
+
+The program that calls :func:`finish` is the last one that still runs, so plain stores suffice
+where only this kernel writes; counters are added atomically all the same, since other streams
+may read and reset them.
+"""
+
+import triton
+import triton.language as tl
+
+from . import layout
+
+_TOKENS = tl.constexpr(layout.TOKENS)
+_PAIRS = tl.constexpr(layout.PAIRS)
+_HITS = tl.constexpr(layout.HITS)
+_MISSES = tl.constexpr(layout.MISSES)
+_UNIQUE_MISSES = tl.constexpr(layout.UNIQUE_MISSES)
+_SWAPS = tl.constexpr(layout.SWAPS)
+_MOVED_MASS = tl.constexpr(layout.MOVED_MASS)
+_PADDED = tl.constexpr(layout.PADDED)
+_NUM_COUNTERS = tl.constexpr(layout.NUM_COUNTERS)
+_MOVED_MASS_ONE = tl.constexpr(layout.MOVED_MASS_ONE)
+_NONE = tl.constexpr(layout.PRIORITY_NONE)
+_URGENT = tl.constexpr(layout.PRIORITY_URGENT)
+_BACKGROUND = tl.constexpr(layout.PRIORITY_BACKGROUND)
+_RECORD_HEADER = tl.constexpr(layout.RECORD_HEADER)
+_RECORD_FIELDS = tl.constexpr(layout.RECORD_FIELDS)
+
+
+@triton.jit
+def moved_units_of(moved_t):
+    return tl.sum((moved_t * _MOVED_MASS_ONE + 0.5).to(tl.int32), axis=0)
+
+
+@triton.jit
+def age(affinity_e, word_e, tokens, decay, boost, max_score):
+    """Age by up to 32 tokens, the lowest bit of ``word_e`` first."""
+    for t in range(0, tokens):
+        boost_e = tl.where(((word_e >> t) & 1) == 1, boost, 0.0)
+        affinity_e = tl.minimum(affinity_e * decay + boost_e, max_score)
+    return affinity_e
+
+
+@triton.jit
+def finish(
+    affinity_ptr, activations_ptr, counters_ptr, record_ptr,
+    affinity_e, executed_e, swapped_e, moved_units, missing_e, offs_e,
+    T, num_valid, generation,
+    E: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Write the layer's state once all rows are routed; pointers are at the layer's row."""
+    mask_e = offs_e < E
+    # a narrow row is held by several warps, each of which has loaded it: none may still be
+    # loading when another stores
+    tl.debug_barrier()
+    tl.store(affinity_ptr + offs_e, affinity_e, mask=mask_e)
+
+    missing_e = missing_e == 1
+    chosen_e = mask_e & (executed_e > 0)
+    urgent_e = chosen_e & missing_e
+    background_e = mask_e & missing_e & (executed_e == 0) & (swapped_e > 0)
+    misses = tl.sum(tl.where(missing_e, executed_e, 0), axis=0)
+    tl.atomic_add(activations_ptr + offs_e, executed_e.to(tl.int64), mask=chosen_e, sem="relaxed")
+
+    offs_c = tl.arange(0, _NUM_COUNTERS)
+    pairs = num_valid.to(tl.int64) * K
+    added_c = tl.where(offs_c == _TOKENS, num_valid.to(tl.int64), 0)
+    added_c = tl.where(offs_c == _PAIRS, pairs, added_c)
+    added_c = tl.where(offs_c == _HITS, pairs - misses, added_c)
+    added_c = tl.where(offs_c == _MISSES, misses, added_c)
+    added_c = tl.where(offs_c == _UNIQUE_MISSES, tl.sum(urgent_e.to(tl.int32), axis=0), added_c)
+    added_c = tl.where(offs_c == _SWAPS, tl.sum(swapped_e, axis=0), added_c)
+    added_c = tl.where(offs_c == _MOVED_MASS, moved_units, added_c)
+    added_c = tl.where(offs_c == _PADDED, T - num_valid, added_c)
+    # one vector add: a scalar atomic would run once per thread
+    tl.atomic_add(counters_ptr + offs_c, added_c, mask=added_c != 0, sem="relaxed")
+
+    priority_e = tl.where(urgent_e, _URGENT, tl.where(background_e, _BACKGROUND, _NONE))
+    waiting_e = tl.where(urgent_e, executed_e, tl.where(background_e, swapped_e, 0))
+    count = tl.sum((priority_e != _NONE).to(tl.int32), axis=0)
+    row_ptr = record_ptr + _RECORD_HEADER + offs_e
+    tl.store(record_ptr, generation)
+    tl.store(record_ptr + 1, count)
+    tl.store(row_ptr, executed_e, mask=mask_e)
+    tl.store(row_ptr + E, waiting_e, mask=mask_e)
+    tl.store(row_ptr + 2 * E, priority_e, mask=mask_e)
+    tl.store(row_ptr + 3 * E, affinity_e.to(tl.int32, bitcast=True), mask=mask_e)
+    tl.store(record_ptr + _RECORD_HEADER + _RECORD_FIELDS * E, generation)
