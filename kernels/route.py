@@ -10,7 +10,7 @@ import os
 import torch
 
 from . import layout
-from ._checks import check_call, check_out
+from .checks import check_call, check_out
 from .route_ref import Rule, affinity_window, route_ref
 
 try:

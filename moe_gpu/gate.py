@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .kernels._checks import MAX_EXPERTS, MAX_TOP_K
+from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
 from .kernels.route import route, route_path
 from .kernels.route_ref import mixing_weights
 from .latency import RouteTimer, summarize_us

@@ -1,8 +1,12 @@
 """A random Mixtral small enough to run hundreds of times."""
 
+import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from moe_gpu.kernels import route
+
+INTERPRETED = route._INTERPRET  # before the fixture below changes it
 LAYERS, EXPERTS, TOP_K, VOCAB = 2, 8, 2, 97
 EXPERT_BYTES = (2 * 48 * 32 + 32 * 48) * 4  # both are multiples of 256 bytes: no padding
 
@@ -46,3 +50,11 @@ def text_of(model, ids, tokens=8):
     ids = ids.to(model.device)
     mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_interpreter():
+    """On the CPU route by the reference: the interpreted kernel, tested elsewhere, is slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(route, "_INTERPRET", False)
+        yield

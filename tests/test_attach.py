@@ -2,21 +2,26 @@
 
 import pytest
 import torch
-from mixtral import EXPERT_BYTES, EXPERTS, LAYERS, TOP_K, logits_of, make_model, prompt, text_of
+from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
+    EXPERT_BYTES,
+    EXPERTS,
+    INTERPRETED,
+    LAYERS,
+    TOP_K,
+    logits_of,
+    make_model,
+    prompt,
+    text_of,
+    without_interpreter,
+)
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralForCausalLM
 
 import moe_gpu
 from moe_gpu import CacheBonus, Exact, MassBudget
 from moe_gpu.kernels import route
 from moe_gpu.offload import LRU
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_interpreter():
-    """On the CPU route by the reference: the interpreted kernel, tested elsewhere, is slow."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route, "_INTERPRET", False)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +76,49 @@ def test_generates_the_stock_text(model):
     assert torch.equal(text_of(model, prompt(0, batch=2)), expected)
 
 
-def test_bfloat16_sums_in_float32():
-    model = make_model(dtype=torch.bfloat16)
-    ids = prompt(0, tokens=20)
-    reference = logits_of(make_model(), ids)
-    stock_error = (logits_of(model, ids).float() - reference).abs().max()
+def test_bfloat16_is_weighed_and_summed_in_float32_and_rounded_once():
+    model, seen = make_model(dtype=torch.bfloat16), []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_hook(lambda module, *io: seen.append(io))
+    weights = {name: p.clone() for name, p in experts.named_parameters()}
     with moe_gpu.attach(model, slots=2, policy=Exact()):
-        got = logits_of(model, ids)
-        assert got.dtype == torch.bfloat16
-        assert (got.float() - reference).abs().max() <= 2 * stock_error + 1e-3
+        logits_of(model, prompt(0, tokens=1))
+    ((x_TD, ids_TK, weights_TK), got) = seen[0]
+    assert weights_TK.dtype == torch.float32 and got.dtype == torch.bfloat16
+    outputs = []
+    for expert in ids_TK[0].tolist():
+        gate, up = F.linear(x_TD, weights["gate_up_proj"][expert]).chunk(2, dim=-1)
+        outputs.append(F.linear(F.silu(gate) * up, weights["down_proj"][expert]))
+    first, second = (y.float() * w for y, w in zip(outputs, weights_TK[0], strict=True))
+    assert torch.equal(got, (first + second).bfloat16())
+
+
+class OpsInExperts(TorchDispatchMode):
+    """Notes what runs inside an experts module, and the new tensors as large as a weight."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.names, self.large, self.experts = set(), [], experts
+        experts.register_forward_pre_hook(lambda *_: self.__enter__() and None)
+        experts.register_forward_hook(lambda *_: self.__exit__(None, None, None))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        memory = {p.untyped_storage().data_ptr() for p in self.experts.parameters()}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in memory:
+            self.large += [func] * (out.numel() >= 32 * 48)
+        return out
+
+
+def test_no_synchronisation_and_no_copy_of_weights_for_a_token():
+    model = make_model()
     with moe_gpu.attach(model, slots=EXPERTS, policy=Exact()):
-        assert torch.equal(logits_of(model, ids), got)
+        ops = OpsInExperts(model.model.layers[0].mlp.experts)
+        logits_of(model, prompt(0, tokens=1))
+    assert "mm" in ops.names or "linear" in ops.names
+    assert not ops.names & {"_local_scalar_dense", "nonzero", "unique", "is_nonzero", "_to_copy"}
+    assert not ops.large
 
 
 @pytest.mark.parametrize("first_forward", ["before attach", "while attached"])
@@ -179,17 +216,23 @@ def test_detach_gives_everything_back():
     assert torch.equal(logits_of(model, ids), before)
     model.load_state_dict(model.state_dict())
     assert moe.metrics().tokens > 0, "metrics outlive the attachment"
+    assert moe.offloader.views_L == [], "slots are freed"
+    with pytest.raises(RuntimeError, match="layer 1 is not in the store"):
+        moe.offloader.store.parameter(1, "down_proj")
 
 
 def test_two_models_at_once_even_with_one_config_object():
     first, second = make_model(0), make_model(1)
     third = MixtralForCausalLM(first.config).eval()  # shares the config, is never attached
     models, ids = (first, second, third), prompt(0)
+    first.set_experts_implementation("batched_mm")
     expected = [text_of(model, ids) for model in models]
+    third_logits = logits_of(third, prompt(0, tokens=30))
     a = moe_gpu.attach(first, slots=2, policy=Exact())
     b = moe_gpu.attach(second, slots=5, policy=Exact())
     for model, text in zip(models, expected, strict=True):
         assert torch.equal(text_of(model, ids), text)
+    assert torch.equal(logits_of(third, prompt(0, tokens=30)), third_logits), "its own experts"
     c = moe_gpu.attach(third, slots=3, policy=Exact())
     a.detach()
     for model, text in zip(models, expected, strict=True):
@@ -226,6 +269,37 @@ def test_an_exception_in_the_middle_of_a_forward(model, all_resident):
             assert not any(table.leases_S)
         assert torch.equal(prefill_and_decode(model), all_resident)
     experts.act_fn = own_act
+
+
+class CallsItsLayer(FailsOnce):
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 1:
+            self.layer[0](torch.ones(1, 1, 32))
+        return self.act_fn(x)
+
+
+def test_overlapping_forwards_are_refused(model):
+    block = model.model.layers[1].mlp
+    own_act = block.experts.act_fn
+    with moe_gpu.attach(model, slots=2, policy=Exact()):
+        block.experts.act_fn = CallsItsLayer(own_act)
+        block.experts.act_fn.layer = [block]  # a list: not a submodule
+        with pytest.raises(RuntimeError, match="layer 1: two forwards of one attached model"):
+            logits_of(model, prompt(0))
+        block.experts.act_fn = own_act
+        logits_of(model, prompt(0))
+
+
+def test_through_the_kernel(model, monkeypatch):
+    """What runs outside tests: interpreted on the CPU, where the other tests take the reference."""
+    expected = text_of(model, prompt(0), tokens=1)
+    monkeypatch.setattr(route, "_INTERPRET", INTERPRETED)
+    with moe_gpu.attach(model, slots=3, policy=Exact()) as moe:
+        assert torch.equal(text_of(model, prompt(0), tokens=1), expected)
+        metrics = moe.metrics()
+        assert metrics.route_path == route.route_path(model.device)
+        assert metrics.loads == metrics.unique_misses > 0
 
 
 def test_no_tokens(model):

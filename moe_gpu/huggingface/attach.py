@@ -18,7 +18,7 @@ from .budget import memory_needs, parse_bytes, slots_of_share
 from .experts import ATTRIBUTE, ExpertsLayer, switch_off, switch_on
 from .families import MoEBlock, find_blocks
 from .router import RoutedForward
-from .weights import ExpertWeights, common_layout, expert_parameters
+from .weights import ExpertWeights, common_layout
 
 
 class AttachedMoE:
@@ -72,19 +72,22 @@ class AttachedMoE:
         self._attached = True
 
     def _undo(self) -> None:
-        switch_off(self._configs)
-        self._configs = []
+        """Take back what :meth:`_attach` did, as far as it got; can be called again.
+
+        Weights first: while any of them is missing, the routers refuse to compute.
+        """
+        if self.offloader is not None:
+            self.offloader.close()
+        self._weights.give_back()
         for router, own in self._own_forwards:
             if own is None:
                 router.__dict__.pop("forward", None)
             else:
                 router.forward = own
-        self._own_forwards.clear()
         for block in self._blocks:
             block.experts.__dict__.pop(ATTRIBUTE, None)
-        if self.offloader is not None:
-            self.offloader.close()
-        self._weights.give_back()
+        switch_off(self._configs)
+        self._configs = []
         self._move_to(self._own_device)
 
     def _move_to(self, device: torch.device) -> None:
@@ -108,7 +111,8 @@ class AttachedMoE:
         Raises:
             TypeError: Not a policy.
         """
-        _check_policy(policy)
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be Exact, CacheBonus or MassBudget, got {policy!r}")
         for gate in self.gates:
             gate.policy = policy
 
@@ -213,9 +217,7 @@ def attach(
         raise TypeError(f"model must be a transformers PreTrainedModel, got {model!r}")
     blocks = find_blocks(model)
     if not hasattr(model, "set_experts_implementation"):
-        raise TypeError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}"
-        )
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if any(ATTRIBUTE in block.experts.__dict__ for block in blocks):
         raise RuntimeError("model is already attached: detach() it first")
     layout, num_experts = common_layout(blocks)
@@ -232,7 +234,6 @@ def attach(
         slots = needs.slots_within(parse_bytes("gpu_memory", gpu_memory), num_experts)
     check_slots(slots, num_experts)
     eviction = eviction_policy(eviction)
-    _check_policy(policy)
     device = own_device if device is None else torch.device(device)
 
     # tensors made in inference mode could not be written outside it
@@ -262,11 +263,6 @@ def attach(
     if slots < gates[0].top_k:
         warn_few_slots(slots, gates[0].top_k)
     return moe
-
-
-def _check_policy(policy: Policy) -> None:
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be Exact, CacheBonus or MassBudget, got {policy!r}")
 
 
 def _only_device(model: nn.Module) -> torch.device:

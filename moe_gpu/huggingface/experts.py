@@ -33,7 +33,9 @@ class NotCopyable:
         raise RuntimeError("an attached model cannot be copied: detach() first, or save_pretrained")
 
     def __reduce_ex__(self, protocol):
-        raise RuntimeError("an attached model cannot be pickled: detach() first, or save_pretrained")
+        raise RuntimeError(
+            "an attached model cannot be pickled: detach() first, or save_pretrained"
+        )
 
 
 class ExpertsLayer(NotCopyable):

@@ -55,7 +55,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     blocks = []
     for name, module in model.named_modules():
         experts = getattr(module, "experts", None)
-        router = getattr(module, "gate", None) or getattr(module, "router", None)
+        router = getattr(module, "gate", getattr(module, "router", None))
         if not (isinstance(experts, nn.Module) and isinstance(router, nn.Module)):
             continue
         family = FAMILIES.get(type(router).__name__)

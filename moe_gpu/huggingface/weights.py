@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..offload import ExpertLayout, HostStore
+from ..offload.store import copy_each
 from .families import MoEBlock
 
 
@@ -89,19 +90,19 @@ class ExpertWeights:
 
     def give_back(self) -> None:
         """Undo :meth:`take` and :meth:`show_slots`, as far as they got; can be called again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
         while self._taken:
             layer = len(self._taken) - 1
             for name, parameter in expert_parameters(self._blocks[layer]).items():
                 device, requires_grad = self._taken[layer][name]
                 stored = self.store.parameter(layer, name)
                 full = torch.empty(stored.shape, dtype=stored.dtype, device=device)
-                parameter.data = full.copy_(stored)
+                copy_each(full, stored)
+                parameter.data = full
                 parameter.requires_grad_(requires_grad)
             self.store.drop(layer)
             self._taken.pop()
+        for hook in self._hooks:
+            hook.remove()
 
     def _full_weights(self, layer: int) -> Callable:
         def put_full_weights(module, state_dict, prefix, local_metadata):

@@ -36,9 +36,7 @@ class Affinity:
 
     def rank(self, experts, last_use_E, affinity_E):
         """Order by decayed activation history; see :class:`EvictionPolicy`."""
-        return sorted(
-            experts, key=lambda expert: (affinity_E[expert], last_use_E[expert], expert)
-        )
+        return sorted(experts, key=lambda expert: (affinity_E[expert], last_use_E[expert], expert))
 
 
 POLICIES = {"affinity": Affinity, "lru": LRU}

@@ -311,7 +311,9 @@ def check_slots(slots: int, num_experts: int, name: str = "slots") -> None:
     if not isinstance(slots, int) or isinstance(slots, bool):
         raise TypeError(f"{name} must be an int, got {slots!r}")
     if not 1 <= slots <= num_experts:
-        raise ValueError(f"{name} must lie in [1, {num_experts}], the experts per layer, got {slots}")
+        raise ValueError(
+            f"{name} must lie in [1, {num_experts}], the experts per layer, got {slots}"
+        )
 
 
 def warn_few_slots(slots: int, top_k: int) -> None:

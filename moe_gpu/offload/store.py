@@ -107,7 +107,7 @@ class HostStore:
         self.drop(layer)
         memory_EB = torch.empty(self.num_experts, self.layout.expert_bytes, dtype=torch.uint8)
         for name, view in self.layout.views(memory_EB).items():
-            view.copy_(parameters[name])
+            copy_each(view, parameters[name])
         if self.pinned:
             self._pin(layer, memory_EB)
         self._memory[layer], self._experts[layer] = memory_EB, memory_EB.unbind(0)
@@ -161,6 +161,15 @@ class HostStore:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def copy_each(destination: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy ``(N, *shape)`` expert by expert.
+
+    Between devices a copy of a strided whole would first be made contiguous in host memory.
+    """
+    for to, expert in zip(destination.unbind(0), source.unbind(0), strict=True):
+        to.copy_(expert)
 
 
 def page_lock(address: int, num_bytes: int, device: torch.device) -> str | None:
