@@ -1,0 +1,50 @@
+# make demo       the main job: a small trained Mixtral-style model writes text through the gate
+# make test       the tests that every change must pass
+# make test-all   also those marked slow: every shipped kernel variant for every GPU
+# make lint       ruff, check and format
+# make clean      the virtual environment and everything built
+#
+# Each makes .venv the first time. Variables: PYTHON (3.11 or newer), DEMO_ARGS, PYTEST_ARGS.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; \
+	done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# two workers: importing torch and transformers is paid once per worker, so more seldom pay
+PYTEST_ARGS ?= -n 2
+
+.PHONY: demo test test-all lint clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python examples/mixtral_inference.py $(DEMO_ARGS)
+
+# pytest, not python -m pytest: that would put kernels/ where Hugging Face's kernels is looked up
+test: $(STAMP)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/pytest --all $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The stamp is the last thing written, so an interrupted set-up starts over. torch comes first and
+# alone: an index with a CPU build then decides it before anything that depends on torch is resolved.
+$(STAMP): setup.py constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "moe-gpu needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	rm -f $@
+	"$(PYTHON)" -m venv $(VENV)
+	$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e '.[hf,profile,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis profiling/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The parts of mixtral_inference.py, one idea a file. Not installed."""

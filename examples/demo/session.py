@@ -1,0 +1,103 @@
+"""From the command line to a model that is ready to write."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+import moe_gpu
+from moe_gpu.huggingface.budget import parse_bytes
+
+from .errors import Refusal, one_line
+
+# below, an operation takes about as long as waking a second thread, and on a busy machine far less
+SMALL_MODEL = 100_000_000  # parameters
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device asked for, or CUDA where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Refusal(f"--device {name}: must be cuda, cuda:N or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise Refusal(f"--device {name}: must be cuda, cuda:N or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Refusal(f"--device {name}: this machine has {torch.cuda.device_count()} such devices")
+    return device
+
+
+def memory_budget(
+    slots: int | None, resident: float | None, gpu_memory: str | None
+) -> dict[str, float | int]:
+    """Return what :func:`moe_gpu.attach` shall be told about the size of the cache."""
+    try:
+        size = None if gpu_memory is None else parse_bytes("--gpu-memory", gpu_memory)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    budget = {"slots": slots, "resident": resident, "gpu_memory": size}
+    return {name: value for name, value in budget.items() if value is not None}
+
+
+def encode(prompts: list[str], tokenizer: Tokenizer) -> list[tuple[str, torch.Tensor]]:
+    """Return each prompt with its ids, ``(1, T)``."""
+    pairs = [(prompt, tokenizer(prompt, return_tensors="pt")["input_ids"]) for prompt in prompts]
+    for prompt, ids in pairs:
+        if ids.numel() == 0:
+            raise Refusal(f"--prompt {prompt!r}: the tokenizer makes no token of it")
+    return pairs
+
+
+def check_length(model: PreTrainedModel, prompts: list, new_tokens: int) -> None:
+    """Refuse to write past the positions that the model knows."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for prompt, ids in prompts:
+        if limit is not None and ids.shape[1] + new_tokens > limit:
+            raise Refusal(
+                f"--max-new-tokens {new_tokens}: with the {ids.shape[1]} tokens of the prompt "
+                f"{prompt[:40]!r} that is over the model's limit of {limit}"
+            )
+
+
+def set_threads(model: PreTrainedModel, device: torch.device, threads: int | None) -> None:
+    """Set the CPU threads; None chooses by the size of the model."""
+    if threads is None and device.type == "cpu" and model.num_parameters() < SMALL_MODEL:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def attach(
+    model: PreTrainedModel, device: torch.device, **budget
+) -> AbstractContextManager["moe_gpu.AttachedMoE"]:
+    """Attach with the gate exact; the measurements set the policies."""
+    try:
+        return moe_gpu.attach(model, device=device, policy=moe_gpu.Exact(), **budget)
+    except (TypeError, ValueError) as error:
+        raise Refusal(one_line(error)) from None
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    ids: torch.Tensor,
+    new_tokens: int,
+    seed: int,
+    streamer: TextStreamer | None = None,
+) -> None:
+    """Sample a continuation of one prompt."""
+    torch.manual_seed(seed)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids, device=model.device),
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_k=50,
+        pad_token_id=padding,
+        streamer=streamer,
+    )

@@ -1,0 +1,95 @@
+"""Put the measured numbers into README.md, or check that they are the ones that stand there.
+
+Usage:
+    python profiling/readme_table.py            # rewrite what lies between the two markers
+    python profiling/readme_table.py --check    # exit 1 if that would change anything
+
+Reads ``profiling/results/quality_tiny.json``. Its ``rows`` have policy, resident, hit_rate,
+loads_per_token, mb_per_token, perplexity, perplexity_change_percent, ci_low and ci_high, all but
+the first two numbers or null; its ``conditions`` are a dictionary that is printed under the
+table. A figure that is null, and everything of a file that is not there, reads "not measured";
+a policy that is compared with itself (change 0, no interval) reads "the reference".
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+NOT_MEASURED = "not measured"
+
+COLUMNS = {  # head: (format, fields)
+    "policy": ("{}", "policy"),
+    "resident": ("{}", "resident"),
+    "hit rate": ("{:.1%}", "hit_rate"),
+    "loads/token": ("{:.2f}", "loads_per_token"),
+    "MB/token": ("{:.3f}", "mb_per_token"),
+    "perplexity": ("{:.3f}", "perplexity"),
+    "against exact (95 % interval)": (
+        "{:+.2f} % ({:+.2f} to {:+.2f})", "perplexity_change_percent", "ci_low", "ci_high",
+    ),
+}  # fmt: skip
+
+
+def main() -> int:
+    """Rewrite or check the README; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, exit 1 if out of date"
+    )
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "profiling" / "results")
+    args = parser.parse_args()
+
+    before = args.readme.read_text(encoding="utf-8")
+    after = fill(before, measured(args.results / "quality_tiny.json"))
+    if after == before:
+        return 0
+    if args.check:
+        print(
+            f"{args.readme.name} is out of date: run python profiling/readme_table.py",
+            file=sys.stderr,
+        )
+        return 1
+    args.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+def fill(readme: str, table: str) -> str:
+    """Return ``readme`` with ``table`` between the markers."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise SystemExit(f"the README must hold {BEGIN} and {END} exactly once")
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def measured(path: Path) -> str:
+    """Return the table of one results file, and the conditions it holds under."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [{}]}
+    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1)]
+    lines += [[cell(row, *column) for column in COLUMNS.values()] for row in content["rows"]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if "conditions" not in content:
+        return table
+    facts = (f"{key.replace('_', ' ')} {plain(v)}" for key, v in content["conditions"].items())
+    return f"{table}\n\nMeasured with: {'; '.join(facts)}. From `profiling/results/{path.name}`."
+
+
+def cell(row: dict, form: str, *fields: str) -> str:
+    """Format one figure, which may need several fields."""
+    values = [row.get(field) for field in fields]
+    if values == [0, None, None]:
+        return "the reference"
+    return NOT_MEASURED if None in values else form.format(*values)
+
+
+def plain(value: object) -> str:
+    """Format a condition: a list by its elements."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
