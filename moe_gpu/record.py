@@ -86,7 +86,8 @@ class RecordReader:
     def request(self, layer: int) -> None:
         """Order the copy of a layer's record, so that work queued after it overlaps the wait.
 
-        Optional before :meth:`read`; does nothing where the record is in host memory.
+        Optional before :meth:`read`, and void once the layer routes again: request anew then. Does
+        nothing where the record is in host memory.
         """
         self._bind()
         if self._arrived is not None:

@@ -173,6 +173,60 @@ def test_ctrl_c_leaves_no_partial_file(tmp_path):
     assert len(left) == 1 and json.loads(left[0].read_text())["traceEvents"]  # written before
 
 
+def test_ctrl_c_at_the_last_moment_keeps_the_old_json(tmp_path, monkeypatch):
+    from demo.report import write_json
+
+    path = tmp_path / "out.json"
+    write_json(path, {"first": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", interrupted)
+        write_json(path, {"second": 2})
+    assert json.loads(path.read_text()) == {"first": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_while_tracing_leaves_nothing(tmp_path):
+    from demo.trace import write_trace
+
+    with pytest.raises(KeyboardInterrupt):
+        write_trace(tmp_path / "prof", interrupted)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch):
+    from demo import interrupt
+
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda event: ignored.append(event.exc_type))
+    with interrupt.noted():
+        interrupt.check()
+        dropped = Dropped()
+        del dropped
+        assert ignored == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "tokens, lengths", [(1, [1]), (7, [3, 3, 1]), (1000, [256, 256, 256, 232])]
+)
+def test_every_domain_takes_part_in_the_measurement(tokens, lengths):
+    from demo.checkpoint import EvalText, pick_rows
+
+    rows = torch.arange(2 * 257).view(2, 257)
+    picked = pick_rows(EvalText("", {"a": rows, "b": rows, "c": rows}), tokens)
+    assert [len(row) - 1 for _, row in picked] == lengths
+    assert [domain for domain, _ in picked] == ["a", "b", "c", "a"][: len(lengths)]
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [

@@ -11,7 +11,7 @@ from ..latency import summarize_us
 from ..metrics import Metrics, routing_counts
 from ..offload import EvictionPolicy, ExpertOffloader, HostStore
 from ..offload.eviction import eviction_policy
-from ..offload.offloader import check_slots, warn_few_slots
+from ..offload.slots import check_slots, warn_few_slots
 from ..policies import MassBudget, Policy
 from ..state import RouterState
 from .budget import memory_needs, parse_bytes, slots_of_share
@@ -74,11 +74,12 @@ class AttachedMoE:
     def _undo(self) -> None:
         """Take back what :meth:`_attach` did, as far as it got; can be called again.
 
-        Weights first: while any of them is missing, the routers refuse to compute.
+        What can fail comes first: while weights are missing, the routers refuse to compute.
         """
         if self.offloader is not None:
             self.offloader.close()
         self._weights.give_back()
+        self._move_to(self._own_device)
         for router, own in self._own_forwards:
             if own is None:
                 router.__dict__.pop("forward", None)
@@ -87,8 +88,6 @@ class AttachedMoE:
         for block in self._blocks:
             block.experts.__dict__.pop(ATTRIBUTE, None)
         switch_off(self._configs)
-        self._configs = []
-        self._move_to(self._own_device)
 
     def _move_to(self, device: torch.device) -> None:
         if any(tensor.device != device for tensor in self.model.parameters()):

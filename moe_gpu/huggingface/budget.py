@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from ..offload import ExpertLayout
-from ..offload.offloader import check_slots
+from ..offload.slots import check_slots
 from .families import MoEBlock
 
 _UNITS = {"B": 1}

@@ -39,10 +39,17 @@ class NotCopyable:
 
 
 class ExpertsLayer(NotCopyable):
-    """What an attached experts module knows about its offloader."""
+    """What an attached experts module knows about its offloader.
+
+    Attributes:
+        weights_S: ``(gate_up_proj, down_proj)`` of each slot: what indexing the module's
+            parameters would give, without paying for it at every use.
+    """
 
     def __init__(self, offloader: ExpertOffloader, layer: int):
         self.offloader, self.layer = offloader, layer
+        views = offloader.views_L[layer]
+        self.weights_S = list(zip(views["gate_up_proj"], views["down_proj"], strict=True))
 
 
 def experts_forward(
@@ -92,12 +99,13 @@ def _mix(hidden_states, weights_TK, ids_TK, module, attached):
         attached.offloader.request(layer)
         # queued behind the request: the device sorts while the host waits and plans
         order_N = ids_TK.reshape(-1).argsort(stable=True)
-        x_ND = hidden_states.expand(K, D) if T == 1 else hidden_states[order_N // K]
+        x_ND = hidden_states if T == 1 else hidden_states[order_N // K]  # T = 1: all pairs share it
 
         outputs, computed = {}, 0
         for expert, slot, start, stop in attached.offloader.step(layer, T * K):
-            hidden = module._apply_gate(F.linear(x_ND[start:stop], module.gate_up_proj[slot]))
-            outputs[expert] = F.linear(hidden, module.down_proj[slot])
+            gate_up, down = attached.weights_S[slot]
+            x = x_ND if T == 1 else x_ND[start:stop]
+            outputs[expert] = F.linear(module._apply_gate(F.linear(x, gate_up)), down)
             computed += stop - start
         if computed != T * K:  # another step of this layer closed ours
             raise RuntimeError(f"layer {layer}: two forwards of one attached model overlapped")

@@ -7,7 +7,6 @@ One read of the record per layer and step is the only host synchronisation.
 Shape suffixes: L layers, E experts, S slots per layer, N routed pairs of a call.
 """
 
-import warnings
 import weakref
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..requests import PagingRequest, Priority
 from ..state import RouterState
 from .eviction import EvictionPolicy, eviction_policy
 from .plan import Load, plan_step
-from .slots import SlotTable
+from .slots import SlotTable, check_slots, warn_few_slots
 from .store import HostStore
 from .transfer import make_transfer
 
@@ -304,23 +303,3 @@ class ExpertOffloader:
         """Wait for copies under way and give up the slots; metrics stay readable."""
         self._transfer.close()
         self.views_L = self._transfer.views_L
-
-
-def check_slots(slots: int, num_experts: int, name: str = "slots") -> None:
-    """Refuse a number of slots per layer that is not an int in [1, E]."""
-    if not isinstance(slots, int) or isinstance(slots, bool):
-        raise TypeError(f"{name} must be an int, got {slots!r}")
-    if not 1 <= slots <= num_experts:
-        raise ValueError(
-            f"{name} must lie in [1, {num_experts}], the experts per layer, got {slots}"
-        )
-
-
-def warn_few_slots(slots: int, top_k: int) -> None:
-    """Warn the caller's caller that one token alone needs several waves in every layer."""
-    warnings.warn(
-        f"{slots} slots per layer are fewer than the {top_k} experts of one token: every token "
-        "loads experts in every layer, in several waves",
-        RuntimeWarning,
-        stacklevel=3,
-    )

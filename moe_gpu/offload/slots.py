@@ -3,6 +3,7 @@
 Shape suffixes: E experts, S slots.
 """
 
+import warnings
 from collections.abc import Iterable
 
 NONE = -1  # no expert in this slot, or no slot for this expert
@@ -98,3 +99,23 @@ class SlotTable:
             assert expert == NONE or self.slot_of_E[expert] == slot, f"slot {slot}"
             assert self.leases_S[slot] >= 0, f"slot {slot}"
             assert expert != NONE or not self.leases_S[slot], f"free slot {slot} is leased"
+
+
+def check_slots(slots: int, num_experts: int, name: str = "slots") -> None:
+    """Refuse a number of slots per layer that is not an int in [1, E]."""
+    if not isinstance(slots, int) or isinstance(slots, bool):
+        raise TypeError(f"{name} must be an int, got {slots!r}")
+    if not 1 <= slots <= num_experts:
+        raise ValueError(
+            f"{name} must lie in [1, {num_experts}], the experts per layer, got {slots}"
+        )
+
+
+def warn_few_slots(slots: int, top_k: int) -> None:
+    """Warn the caller's caller that one token alone needs several waves in every layer."""
+    warnings.warn(
+        f"{slots} slots per layer are fewer than the {top_k} experts of one token: every token "
+        "loads experts in every layer, in several waves",
+        RuntimeWarning,
+        stacklevel=3,
+    )
