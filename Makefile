@@ -14,8 +14,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# two workers: importing torch and transformers is paid once per worker, so more seldom pay
-PYTEST_ARGS ?= -n 2
+# two workers: each pays once for importing torch and transformers, so more seldom help; a file stays
+# with one of them, which shares its model and demo run
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:

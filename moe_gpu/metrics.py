@@ -22,7 +22,8 @@ class Metrics:
         swaps: Executed experts that stood in for a demanded one.
         moved_mass: Router mass that swaps moved, in units of one token's demand.
         padded: Rows beyond ``num_valid``.
-        loads: Experts copied to the device, for whatever reason.
+        loads: Experts copied to the device for a step, for whatever reason; not the copies that
+            fill the slots when a model is attached.
         bytes_loaded: Bytes of those copies.
         evictions: Experts whose slot was given to another.
         waves: Passes over the slots; more than one per call where the call needed more experts

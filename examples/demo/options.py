@@ -17,7 +17,7 @@ BONUS = 0.15  # the original memory-aware router
 BUDGET = 0.05
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-LENGTHS = {"max_new_tokens": 64, "eval_tokens": 768}
+LENGTHS = {"max_new_tokens": 64, "eval_tokens": 1536}
 QUICK_LENGTHS = {"max_new_tokens": 12, "eval_tokens": 96}
 
 
