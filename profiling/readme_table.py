@@ -74,8 +74,29 @@ def measured(path: Path) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     if "conditions" not in content:
         return table
+    if "mass_budget_against_original_bonus" in content:
+        table += "\n\n" + claims(content)
     facts = (f"{key.replace('_', ' ')} {plain(v)}" for key, v in content["conditions"].items())
     return f"{table}\n\nMeasured with: {'; '.join(facts)}. From `profiling/results/{path.name}`."
+
+
+def claims(content: dict) -> str:
+    """Return the two comparisons that the table leads to, as sentences."""
+    gain = content["hits_gained_over_exact_at_half_percent"]
+    half = next(
+        row
+        for row in content["mass_budget_against_original_bonus"]
+        if row["perplexity_change_percent"] == 0.5
+    )
+    return (
+        f"{gain['policy']}: {gain['points']:.1f} points more hits than exact routing at "
+        f"{gain['perplexity_change_percent']:+.2f} % perplexity ({gain['ci_low']:+.2f} to "
+        f"{gain['ci_high']:+.2f}). At +0.5 %, where the curves of the plot are interpolated, a "
+        f"mass budget needs {half['mass_budget_fewer_loads_than_exact_percent']:.0f} % fewer loads "
+        f"than exact routing, and has "
+        f"{half['mass_budget_fewer_misses_than_bonus_percent']:.0f} % fewer misses "
+        f"({half['ci_low']:.0f} to {half['ci_high']:.0f}) than the original bonus."
+    )
 
 
 def cell(row: dict, form: str, *fields: str) -> str:

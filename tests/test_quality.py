@@ -1,6 +1,7 @@
 """profiling/quality.py: the side-by-side simulation is the live path, hit for hit."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -91,3 +92,15 @@ def test_paired_change_of_a_uniform_loss(quality):
     torch.testing.assert_close(
         change, torch.tensor([0.15, 0.1], dtype=torch.float64).exp().mul(100) - 100
     )
+
+
+def test_committed_results_show_what_the_readme_says():
+    """At least 5 points more hits at no more than +0.5 %; fewer misses at equal perplexity."""
+    path = Path(__file__).parents[1] / "profiling" / "results" / "quality_tiny.json"
+    content = json.loads(path.read_text())
+    gain = content["hits_gained_over_exact_at_half_percent"]
+    assert gain["points"] >= 5 and gain["ci_high"] <= 0.5
+    assert all(row["ci_low"] > 0 for row in content["mass_budget_against_original_bonus"])
+    assert int(content["conditions"]["text"].split()[0]) >= 100  # sequences
+    swaps = [row["swapped_pairs"] for row in content["curve"] if "budget" in row["options"]]
+    assert all(share > 0 for share in swaps), "a knob that should change something must"
