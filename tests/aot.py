@@ -58,9 +58,9 @@ VARIANTS = [
     # logits of the other dtypes
     *[
         Variant(E, K, T, dtype=dtype)
+        for dtype in ["fp32", "fp16"]
         for E, K in [(8, 2), (128, 8)]
         for T in [1, 64]
-        for dtype in ["fp32", "fp16"]
     ],
     # bounds: the largest router, one expert, all experts, not a power of two
     Variant(1024, 16, 1, dtype="fp32"),
