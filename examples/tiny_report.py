@@ -40,7 +40,7 @@ def measure(
 
     Returns:
         A record for ``training.json``: ``perplexity``, ``expert_load``, ``repeats``,
-        ``lru_hit_rate`` and ``samples``.
+        ``lru_hit_rate`` (each layer by itself) and ``samples``.
     """
     config = model.config
     slots = config.num_local_experts // 2
@@ -60,6 +60,7 @@ def measure(
         "repeats": repeats,
         "lru_slots": slots,
         "lru_hit_rate": hits,
+        "lru_hit_rate_mean": round(fmean(fmean(rates) for rates in hits.values()), 4),
         "samples": {d: sample(model, tokenizer, prompt) for d, prompt in PROMPTS.items()},
     }
 
@@ -203,12 +204,13 @@ repeats itself from one token to the next; every layer and expert is in `trainin
 | domain | perplexity per token | same first expert as the token before | experts kept from the token before | LRU hit rate, {slots} of {experts} resident |
 | --- | --- | --- | --- | --- |
 {table}
-| *even, random routing* | | {chance_first:.2f} | {chance_kept:.2f} | {chance_hit:.2f} |
+| *even, random routing* | | {chance_first:.3g} | {chance_kept:.3g} | {chance_hit:.3g} |
 
-The LRU cache is one per layer, stepped token by token, empty at the start of each row. Training
-rewards no such repetition: its only term about routing is load balancing over whole batches
-(coefficient {aux_coef}), which leaves experts free to specialise. In the domain that uses it
-most, every expert serves at least {least_load:.1f} % of the pairs of its layer; an even load is
+The LRU cache is one per layer, stepped token by token, empty at the start of each row; over all
+domains and layers it hits {lru_hit_rate_mean:.3f} of the time. Training rewards no such
+repetition: its only term about routing is load balancing over whole batches (coefficient
+{aux_coef}), which leaves experts free to specialise. In the domain that uses it most, every
+expert serves at least {least_load:.1f} % of the pairs of its layer; an even load is
 {even_load:.1f} %.
 
 ## Training
