@@ -33,11 +33,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from training_forward import use_training_forward
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from corpus import DOMAINS, Split, build_corpus
 from tiny_report import measure, write_report
+from training_forward import use_training_forward
 
 END_OF_TEXT = "<|endoftext|>"
 SEQUENCE = 256  # tokens a row predicts; a row holds one more

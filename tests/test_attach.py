@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MixtralForCausalLM
+
+import moe_gpu
 from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     EXPERT_BYTES,
     EXPERTS,
@@ -14,11 +19,6 @@ from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     text_of,
     without_interpreter,
 )
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MixtralForCausalLM
-
-import moe_gpu
 from moe_gpu import CacheBonus, Exact, MassBudget
 from moe_gpu.kernels import route
 from moe_gpu.offload import LRU

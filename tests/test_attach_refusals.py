@@ -6,6 +6,9 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+
+import moe_gpu
 from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     EXPERTS,
     logits_of,
@@ -14,9 +17,6 @@ from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     text_of,
     without_interpreter,
 )
-from torch import nn
-
-import moe_gpu
 from moe_gpu import Exact
 
 

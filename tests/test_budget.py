@@ -1,8 +1,8 @@
 """Slots from shares and from bytes: every number typed by hand."""
 
 import pytest
-from mixtral import EXPERT_BYTES, make_model
 
+from mixtral import EXPERT_BYTES, make_model
 from moe_gpu.huggingface.budget import MemoryNeeds, memory_needs, parse_bytes, slots_of_share
 from moe_gpu.huggingface.families import find_blocks
 from moe_gpu.huggingface.weights import common_layout

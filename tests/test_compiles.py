@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import aot
 import pytest
+
+import aot
 
 pytest.importorskip("triton")
 

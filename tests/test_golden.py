@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from routing import make_state
 
 from moe_gpu.kernels import layout
 from moe_gpu.kernels.route import route
 from moe_gpu.kernels.route_ref import Rule, route_ref
+from routing import make_state
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "vectors"
 FILE = Path(os.environ.get("MOE_GPU_VECTORS", DEFAULT)) / "adr092.jsonl"

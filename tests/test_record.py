@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from offloading import route
 
 from moe_gpu import Direction, PagingRequest, Priority, RouterState
 from moe_gpu.kernels import layout
 from moe_gpu.kernels.route_ref import Rule
 from moe_gpu.record import RecordReader, StepRecord
+from offloading import route
 
 HALF_BITS = 0x3F000000  # 0.5 in float32
 

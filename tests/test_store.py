@@ -4,9 +4,9 @@ import gc
 
 import pytest
 import torch
-from offloading import SHAPES, make_store
 
 from moe_gpu.offload import ExpertLayout, HostStore, store
+from offloading import SHAPES, make_store
 
 
 def test_layout_by_hand():

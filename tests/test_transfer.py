@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from offloading import make_store, route
-from streams import FakeCuda
 
 from moe_gpu import RouterState
 from moe_gpu.offload import ExpertOffloader, offloader, transfer
 from moe_gpu.offload.transfer import StreamTransfer, Transfer
+from offloading import make_store, route
+from streams import FakeCuda
 
 
 def test_cpu_copies_are_done_at_once():
