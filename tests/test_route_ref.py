@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from moe_gpu.kernels.route_ref import (
     Rule,
     affinity_window,
