@@ -9,7 +9,6 @@ Shape suffixes: B rows, T tokens of a row, V vocabulary, K experts per token.
 
 import json
 import math
-from collections import OrderedDict
 from pathlib import Path
 from statistics import fmean
 
@@ -104,18 +103,22 @@ def repeat_rates(ids_BTK: torch.Tensor) -> dict[str, float]:
 
 
 def lru_hit_rate(ids_BTK: torch.Tensor, slots: int) -> float:
-    """Hit rate of one layer's LRU cache, token by token; every row starts with it empty."""
+    """Hit rate of one layer's LRU cache, token by token; every row starts with it empty.
+
+    Counted as this library does: a pair hits if its expert is resident when its token is
+    routed, and no expert that the token needs is evicted; ties go to the lower id.
+    """
     hits = 0
     for row in ids_BTK.tolist():
-        cache: OrderedDict[int, None] = OrderedDict()
-        for experts in row:
-            for expert in experts:
-                if expert in cache:
-                    hits += 1
-                elif len(cache) == slots:
-                    cache.popitem(last=False)
-                cache[expert] = None
-                cache.move_to_end(expert)
+        last_use: dict[int, int] = {}
+        for step, experts in enumerate(row):
+            needed = set(experts)
+            hits += len(needed & last_use.keys())
+            surplus = len(needed | last_use.keys()) - slots
+            idle = sorted(last_use.keys() - needed, key=lambda expert: (last_use[expert], expert))
+            for expert in idle[: max(0, surplus)]:
+                del last_use[expert]
+            last_use |= dict.fromkeys(needed, step)
     return hits / ids_BTK.numel()
 
 

@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from moe_gpu.kernels.route_ref import age_affinity_ref, mixing_weights, select_ref
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from moe_gpu import CacheBonus, Exact, MassBudget
+from moe_gpu.kernels.route_ref import age_affinity_ref, mixing_weights, select_ref
 from moe_gpu.policies import Policy
 
 ROOT = Path(__file__).parent.parent

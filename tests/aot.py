@@ -100,10 +100,11 @@ def everything() -> list[tuple[str, int]]:
 def compile_variant(variant: Variant, target: str) -> dict:
     """Compile one variant; return registers, spills (bytes on CUDA, registers on AMD), warps."""
     import triton
-    from moe_gpu.kernels._route_kernel import route_kernel
-    from moe_gpu.kernels.route import launch_options, tile_of
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from moe_gpu.kernels._route_kernel import route_kernel
+    from moe_gpu.kernels.route import launch_options, tile_of
 
     v = variant
     BLOCK_T, BLOCK_E, num_warps = tile_of(v.T, v.E, v.K)

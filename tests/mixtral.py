@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from moe_gpu.kernels import route
 from transformers import MixtralConfig, MixtralForCausalLM
+
+from moe_gpu.kernels import route
 
 INTERPRETED = route._INTERPRET  # before the fixture below changes it
 LAYERS, EXPERTS, TOP_K, VOCAB = 2, 8, 2, 97

@@ -1,9 +1,9 @@
 """Small offloaders for tests: known weights, records made by the reference, no model."""
 
 import torch
-from moe_gpu.kernels.route_ref import Rule, route_ref
 
 from moe_gpu import RouterState
+from moe_gpu.kernels.route_ref import Rule, route_ref
 from moe_gpu.offload import ExpertLayout, ExpertOffloader, HostStore
 
 SHAPES = {"gate_up_proj": (6, 5), "down_proj": (5, 3)}  # odd: offsets need their alignment

@@ -1,10 +1,10 @@
 """What the routing tests share: states with some experts resident, and one call on both paths."""
 
 import torch
-from moe_gpu.kernels.route import route
-from moe_gpu.kernels.route_ref import Rule, route_ref
 
 from moe_gpu import RouterState
+from moe_gpu.kernels.route import route
+from moe_gpu.kernels.route_ref import Rule, route_ref
 
 STATE = ("affinity_LE", "activations_LE", "counters_LC", "record_LR")
 

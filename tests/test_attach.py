@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from moe_gpu.kernels import route
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralForCausalLM
@@ -21,6 +20,7 @@ from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     without_interpreter,
 )
 from moe_gpu import CacheBonus, Exact, MassBudget
+from moe_gpu.kernels import route
 from moe_gpu.offload import LRU
 
 

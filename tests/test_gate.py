@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from moe_gpu.kernels import route as route_module
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_gpu
 from moe_gpu import CacheBonus, Direction, Exact, MassBudget, MoEGate, Priority
+from moe_gpu.kernels import route as route_module
 from routing import make_state
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from moe_gpu.kernels import layout
 from moe_gpu.kernels.route import route
 from moe_gpu.kernels.route_ref import Rule, route_ref
-
 from routing import make_state
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "vectors"

@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from moe_gpu.kernels.route_ref import Rule
 
 from moe_gpu import PagingRequest, Priority, RouterState
+from moe_gpu.kernels.route_ref import Rule
 from moe_gpu.offload import ExpertOffloader
 from offloading import assert_consistent, make_offloader, make_store, route, run_step
 

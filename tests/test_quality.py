@@ -9,11 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from moe_gpu.kernels import route as route_module  # noqa: E402
 from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 
 import moe_gpu  # noqa: E402
 from moe_gpu import CacheBonus, Exact, MassBudget  # noqa: E402
+from moe_gpu.kernels import route as route_module  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from moe_gpu.kernels import layout
-from moe_gpu.kernels.route_ref import Rule
 
 from moe_gpu import Direction, PagingRequest, Priority, RouterState
+from moe_gpu.kernels import layout
+from moe_gpu.kernels.route_ref import Rule
 from moe_gpu.record import RecordReader, StepRecord
 from offloading import route
 

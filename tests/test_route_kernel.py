@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from moe_gpu.kernels import route as route_module
 from moe_gpu.kernels.route import _route, route, tile_of
 from moe_gpu.kernels.route_ref import Rule, route_ref, select_ref
-
 from routing import STATE, assert_same, both, make_state
 
 RULES = [  # rule, protect, strength: strong enough to swap often on unit-normal logits

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from moe_gpu.kernels.route_ref import (
     Rule,
     affinity_window,
