@@ -27,9 +27,9 @@ from ._select import (
     finite_or_zero,
     key_score,
     masses_of,
+    may_outbid,
     mixing_weights_of,
     order_key,
-    outbids,
     sum_of,
     swap_within_budget,
     take_biased_best,
@@ -87,7 +87,7 @@ def _route_tile(
                 spread_t = tl.minimum(key_score(demand_keys[0]) - low_t, FLOAT32_MAX)
                 spread_t = tl.where(demand_keys[0] > NONFINITE, spread_t, 0.0)
                 bonus_t = tl.minimum(bonus_t * spread_t, FLOAT32_MAX)
-            may_t = may_t & outbids(left_te, code_te, demand_keys, demand_codes, bonus_t, K, J)
+            may_t = may_t & may_outbid(left_te, code_te, demand_keys, demand_codes, bonus_t, K, J)
         # one branch keeps the common case, everybody wanted is resident, at the price of none
         if tl.max(may_t.to(tl.int32), axis=0) == 1:
             masses = masses_of(demand_keys, top_t, K)

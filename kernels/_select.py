@@ -131,19 +131,14 @@ def biased_key(key, missing, bonus):
 
 
 @triton.jit
-def outbids(left_te, code_te, keys, codes, bonus_t, K: tl.constexpr, J: tl.constexpr):
-    """Whether the best outsider's sum ranks before the worst unprotected insider's."""
+def may_outbid(left_te, code_te, keys, codes, bonus_t, K: tl.constexpr, J: tl.constexpr):
+    """Whether the best outsider's sum is at least the worst unprotected insider's."""
     missing_te = (code_te & 1) == 1
-    bids_te = biased_key(left_te, missing_te, bonus_t[:, None])  # TAKEN stays TAKEN
-    bid_t, bidder_t = best_of(bids_te, code_te)
+    bid_t = tl.max(biased_key(left_te, missing_te, bonus_t[:, None]), axis=1)
     worst_t = biased_key(keys[J], (codes[J] & 1) == 1, bonus_t)
-    holder_t = codes[J]
     for k in tl.static_range(J + 1, K):
-        key_t = biased_key(keys[k], (codes[k] & 1) == 1, bonus_t)
-        below_t = (key_t < worst_t) | ((key_t == worst_t) & (codes[k] > holder_t))
-        worst_t = tl.where(below_t, key_t, worst_t)
-        holder_t = tl.where(below_t, codes[k], holder_t)
-    return (bid_t > worst_t) | ((bid_t == worst_t) & (bidder_t < holder_t))
+        worst_t = tl.minimum(worst_t, biased_key(keys[k], (codes[k] & 1) == 1, bonus_t))
+    return bid_t >= worst_t
 
 
 @triton.jit
