@@ -43,7 +43,7 @@ def tile_of(T: int, E: int, K: int) -> tuple[int, int, int]:
     rows = 8 if K <= 2 else 2 if K <= 4 else 1
     rows = min(rows, max(1, 512 // BLOCK_E))  # at most 16 columns a thread in all
     BLOCK_T = min(rows_per_pass * rows, layout.CHUNK, triton.next_power_of_2(T))
-    num_warps = max(1, BLOCK_E // 512)
+    num_warps = 1 if BLOCK_E <= 512 else 4
     return BLOCK_T, BLOCK_E, num_warps
 
 
