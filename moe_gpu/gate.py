@@ -10,8 +10,9 @@ Shape suffixes: T tokens, E experts, K experts per token, D model width, L layer
 """
 
 import math
+import operator
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
@@ -161,9 +162,11 @@ class MoEGate(nn.Module):
         """
         if self.weight is None:
             raise RuntimeError("this gate was built without hidden_size: call route(logits)")
-        if hidden_states.shape[-1] != self.hidden_size:
+        _check_float_tensor("hidden_states", hidden_states)
+        if hidden_states.ndim == 0 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
-                f"hidden_states must have {self.hidden_size} columns, got {hidden_states.shape[-1]}"
+                f"hidden_states must have {self.hidden_size} columns, "
+                f"got shape {tuple(hidden_states.shape)}"
             )
         x_TD = hidden_states.reshape(-1, self.hidden_size)
         return self.route(F.linear(x_TD, self.weight), num_valid=num_valid)
@@ -194,6 +197,9 @@ class MoEGate(nn.Module):
             ValueError: Wrong shape or device, or ``out`` where a gradient is required.
             TypeError: Logits that are not floating point.
         """
+        _check_float_tensor("logits", logits)
+        if num_valid is not None and not isinstance(num_valid, torch.Tensor):
+            raise TypeError(f"num_valid must be an int32 tensor on the device, got {num_valid!r}")
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
         if needs_grad and out is not None:
             raise ValueError("out cannot be given for logits that require a gradient")
@@ -228,14 +234,15 @@ class MoEGate(nn.Module):
                 weights_TK = weights_TK.masked_fill(_padding_rows(T, num_valid), 0.0)
         return Routing(logits, weights_TK, ids_TK)
 
-    def set_resident(self, expert_ids: Iterable[int]) -> None:
+    def set_resident(self, expert_ids: Iterable[SupportsIndex]) -> None:
         """Declare exactly these experts to be on the device, for use without an offloader.
 
         Raises:
             TypeError: An id that is not an int.
             ValueError: An id outside [0, E) or given twice.
         """
-        expert_ids = list(expert_ids)
+        # ids out of NumPy or a tensor are as good as Python's
+        expert_ids = [_as_int("expert id", expert) for expert in expert_ids]
         for expert in expert_ids:
             _check_int("expert id", expert, 0, self.num_experts - 1)
         if len(set(expert_ids)) != len(expert_ids):
@@ -289,6 +296,20 @@ class MoEGate(nn.Module):
 
 def _padding_rows(T: int, num_valid: torch.Tensor) -> torch.Tensor:
     return (torch.arange(T, device=num_valid.device) >= num_valid).unsqueeze(1)
+
+
+def _check_float_tensor(name: str, value: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+
+
+def _as_int(name: str, value: SupportsIndex) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
 
 
 def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -347,8 +347,18 @@ def test_set_resident_refuses_and_changes_nothing(ids, error, message, device):
 
 
 def test_wrong_width_and_missing_projection(device):
-    with pytest.raises(ValueError, match="hidden_states must have 16 columns, got 15"):
+    with pytest.raises(
+        ValueError, match=r"hidden_states must have 16 columns, got shape \(2, 15\)"
+    ):
         make_gate(device)(torch.randn(2, 15, device=device))
+    with pytest.raises(ValueError, match=r"must have 16 columns, got shape \(\)"):
+        make_gate(device)(torch.tensor(1.0, device=device))
+    with pytest.raises(TypeError, match="hidden_states must be a tensor, got list"):
+        make_gate(device)([[1.0] * 16])
+    with pytest.raises(TypeError, match="hidden_states must be floating point, got torch.int64"):
+        make_gate(device)(torch.ones(2, 16, dtype=torch.int64, device=device))
+    with pytest.raises(TypeError, match="num_valid must be an int32 tensor on the device, got 3"):
+        make_gate(device, hidden_size=None).route(torch.ones(4, 8, device=device), num_valid=3)
     with pytest.raises(RuntimeError, match=r"without hidden_size: call route"):
         make_gate(device, hidden_size=None)(torch.randn(2, 16, device=device))
     with pytest.raises(ValueError, match="out cannot be given"):

@@ -38,9 +38,11 @@ def label(policy: tuple[str, float]) -> str:
 def decode(model: PreTrainedModel, row: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the logits after each id of ``row`` but the last, one forward call each."""
     cache = DynamicCache(config=model.config)
-    for token in row[:-1].to(model.device).split(1):
+    for token in row[:-1].to(model.device).unbind(0):  # none for a single id
         with torch.no_grad():
-            yield model(input_ids=token[None], past_key_values=cache, use_cache=True).logits[0, -1]
+            yield model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True).logits[
+                0, -1
+            ]
 
 
 def measure(

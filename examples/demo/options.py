@@ -49,11 +49,11 @@ def parse(prog: str, description: str, argv: list[str] | None) -> argparse.Names
              f"against it (default: all, which is bonus:{BONUS} and mass:{BUDGET})")
     add("--device", metavar="D", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
-    add("--threads", type=whole(1), metavar="N",
+    add("--threads", type=whole(1, 1024), metavar="N",
         help="of the CPU (default: 1 for a model under 100 million parameters, else torch's choice)")
     add("--eval-tokens", type=whole(1), metavar="N",
         help=f"held-out tokens per policy (default: {LENGTHS['eval_tokens']})")
-    add("--seed", type=whole(0), default=0, metavar="N", help="for sampling (default: 0)")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="for sampling (default: 0)")
     add("--profile", type=Path, metavar="DIR", help="write a torch.profiler trace for TensorBoard")
     add("--json", type=Path, metavar="FILE", help="write everything measured")
     add("--verify", action="store_true",
@@ -81,16 +81,17 @@ def complete(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """Return a converter for integers from ``low`` up."""
+def whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
+    """Return a converter for integers in ``[low, high]``."""
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {low}, got {text!r}")
+        if not low <= value <= high:
+            bound = f">= {low}" if high == float("inf") else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"must be a whole number {bound}, got {text!r}")
         return value
 
     return convert

@@ -33,11 +33,12 @@ class Stream(TextStreamer):
     def __init__(self, tokenizer, title: str, prompt: str, new_tokens: int):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.written = ""
-        self._shown = Text(prompt, style="dim")
         self._bar = progress(console=out)
         self._task = self._bar.add_task("generate", total=new_tokens)
-        self._live = Live(Group(self._shown, self._bar), console=out, refresh_per_second=15)
         self._title, self._prompt = title, prompt
+        self._live = Live(
+            console=out, get_renderable=self._frame, transient=True, refresh_per_second=15
+        )
 
     def __enter__(self):
         out.rule(self._title, align="left", style="dim")
@@ -49,8 +50,10 @@ class Stream(TextStreamer):
 
     def __exit__(self, *_):
         if out.is_terminal:
-            self._live.stop()
-        out.file.write("\n")
+            self._live.stop()  # takes the frame away; the whole text stays instead
+            out.print(self._text())
+        else:
+            out.file.write("\n")
         out.file.flush()
 
     def put(self, value):
@@ -63,8 +66,14 @@ class Stream(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False):
         """Show a piece of text that no later token can change."""
         self.written += text
-        if out.is_terminal:
-            self._shown.append(text, style="not dim")
-        else:
+        if not out.is_terminal:
             out.file.write(text)
             out.file.flush()
+
+    def _text(self) -> Text:
+        return Text.assemble((self._prompt, "dim"), self.written)
+
+    def _frame(self) -> Group:
+        """The end of the text, as much as the screen holds above the bar."""
+        lines = self._text().wrap(out, out.width)
+        return Group(*lines[-max(1, out.height - 4) :], self._bar)
