@@ -79,10 +79,11 @@ def finish(
     waiting_e = tl.where(urgent_e, executed_e, tl.where(background_e, swapped_e, 0))
     count = tl.sum((priority_e != _NONE).to(tl.int32), axis=0)
     row_ptr = record_ptr + _RECORD_HEADER + offs_e
-    tl.store(record_ptr, generation)
+    # last word first, first word last: a reader from front to back sees them differ if overtaken
+    tl.store(record_ptr + _RECORD_HEADER + _RECORD_FIELDS * E, generation)
     tl.store(record_ptr + 1, count)
     tl.store(row_ptr, executed_e, mask=mask_e)
     tl.store(row_ptr + E, waiting_e, mask=mask_e)
     tl.store(row_ptr + 2 * E, priority_e, mask=mask_e)
     tl.store(row_ptr + 3 * E, affinity_e.to(tl.int32, bitcast=True), mask=mask_e)
-    tl.store(record_ptr + _RECORD_HEADER + _RECORD_FIELDS * E, generation)
+    tl.store(record_ptr, generation)

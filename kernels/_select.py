@@ -98,7 +98,8 @@ def swap_within_budget(
 ):  # fmt: skip
     """Rule.MASS: from rank K-1 up, missing experts give way while the moved mass allows it.
 
-    A refusal ends the prefix by itself: the next rank up has more mass to move.
+    A refusal ends the prefix by itself: the next rank up has at least as much mass to move (up to
+    the rounding of exp, which the hardware does not promise to be monotone in the last bit).
     """
     # residents outside the demand
     free_te = tl.where(missing_te, TAKEN, left_te)
@@ -199,7 +200,10 @@ def mixing_weights_of(
             top_t = finite_or_zero(key_score(demand_keys[0]))
             masses = masses_of(keys, top_t, K)
             row_te = tl.where(key_te <= NONFINITE, 0.0, mass_of(scores_te, top_t[:, None]))
-            total_t = tl.sum(row_te, axis=1)
+            # in units of 2**-32 (the best mass is 1): an integer sum has the same bits in every
+            # order, and the order follows from the tile and the strides
+            units_te = (row_te * 4294967296.0).to(tl.int64)
+            total_t = tl.sum(units_te, axis=1).to(tl.float32) * (1.0 / 4294967296.0)
         dead_t = total_t <= 0.0
         scale_t = 1.0 / tl.where(dead_t, 1.0, total_t)
         for k in tl.static_range(K):

@@ -13,6 +13,9 @@ Step record, one row of int32 words per layer, rewritten whole by every route ca
     RECORD_HEADER + 3 E     affinity after this call, float32 bits
     RECORD_HEADER + 4 E     generation again: a reader that sees two values was overtaken
 
+What protects a reader is stream order: read on the stream that routes. The two generations are
+there to catch the mistake of reading elsewhere, not to make it safe.
+
 A dense row is already unique per expert and ascending in the id, needs no compaction on the
 device, and one copy of it is all that the host reads per layer.
 """

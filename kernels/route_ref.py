@@ -214,7 +214,8 @@ def age_affinity_ref(
     max_score: float,
 ) -> torch.Tensor:
     """Age ``affinity_E`` (float32) by the choices of T tokens (bool); step 4."""
-    for boost_E in (boost * chosen_TE).to(torch.float32):
+    boost_TE = torch.where(chosen_TE, torch.tensor(boost, dtype=torch.float32), 0.0)
+    for boost_E in boost_TE:
         affinity_E = (affinity_E * decay + boost_E).clamp(max=max_score)
     return affinity_E
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
 from .kernels.route import route, route_path
-from .kernels.route_ref import mixing_weights
+from .kernels.route_ref import FLOAT32_MAX, mixing_weights
 from .latency import RouteTimer, summarize_us
 from .metrics import Metrics, routing_counts
 from .policies import Exact, Policy
@@ -205,7 +205,7 @@ class MoEGate(nn.Module):
             raise ValueError("out cannot be given for logits that require a gradient")
         T = logits.shape[0] if logits.ndim == 2 else 0
         policy = self._policy if T <= self.max_policy_tokens else Exact()
-        if T > 4096:
+        if T > 4096 and logits.shape[1] == self.num_experts:  # else route() refuses
             self.state.reserve(T, self.decay)
         # float64 (gradient checks) is routed as float32 and weighed as float64
         scores = logits.float() if logits.dtype == torch.float64 else logits
@@ -221,7 +221,7 @@ class MoEGate(nn.Module):
             "num_valid": num_valid,
             "out": out,
         }
-        if self._timer is None:
+        if self._timer is None or not self._timer.can_time(scores.device):
             weights_TK, ids_TK = route(scores, self.state, self.layer, **arguments)
         else:
             with self._timer.call(logits.device):
@@ -286,6 +286,7 @@ class MoEGate(nn.Module):
     def reset_metrics(self) -> None:
         """Set this layer's counters and timers to zero; affinity and activations stay."""
         self.state.counters_LC[self.layer].zero_()
+        self._reader.superseded = 0
         if self._timer is not None:
             self._timer.reset()
 
@@ -295,7 +296,7 @@ class MoEGate(nn.Module):
 
 
 def _padding_rows(T: int, num_valid: torch.Tensor) -> torch.Tensor:
-    return (torch.arange(T, device=num_valid.device) >= num_valid).unsqueeze(1)
+    return (torch.arange(T, device=num_valid.device) >= num_valid.reshape(())).unsqueeze(1)
 
 
 def _check_float_tensor(name: str, value: torch.Tensor) -> None:
@@ -323,6 +324,6 @@ def _check_int(name: str, value: int, low: int, high: int | None = None) -> None
 def _check_real(name: str, value: float, low: float, high: float = math.inf) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and low <= value <= high):
-        bound = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    if not (math.isfinite(value) and low <= value <= min(high, FLOAT32_MAX)):
+        bound = f">= {low:g}, within float32" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be finite and {bound}, got {value}")

@@ -21,14 +21,25 @@ class RouteTimer:
         self._done_us: deque[float] = deque(maxlen=keep)
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=keep)
 
+    def can_time(self, device: torch.device) -> bool:
+        """Whether a call can be timed now: not while it is traced or captured in a CUDA graph."""
+        if torch.compiler.is_compiling():
+            return False
+        return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    def __getstate__(self):
+        # events belong to this process and are of no use to a copy
+        return self.__dict__ | {"_pending": deque(maxlen=self._pending.maxlen)}
+
     @contextmanager
     def call(self, device: torch.device):
         """Time the body, which runs on ``device``."""
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._pending.append((start, end))
             self._collect()
         else:

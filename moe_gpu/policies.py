@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .kernels.route_ref import Rule
+from .kernels.route_ref import FLOAT32_MAX, Rule
 
 
 def _check_strength(name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+    if not (math.isfinite(value) and 0 <= value <= FLOAT32_MAX):
+        raise ValueError(f"{name} must be finite and >= 0, within float32, got {value}")
 
 
 def _check_protect(protect: int) -> None:

@@ -7,7 +7,6 @@ needs per layer and step.
 Shape suffixes: L layers, E experts, R int32 words of one row.
 """
 
-import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -122,11 +121,10 @@ class RecordReader:
         self._seen_L[layer] = record.generation
         return record
 
-    def __deepcopy__(self, memo) -> "RecordReader":
-        # rows are views of the tensor they were bound to, which a copy of them would not be
-        twin = RecordReader(copy.deepcopy(self.state, memo))
-        twin.superseded, twin._seen_L = self.superseded, list(self._seen_L)
-        return twin
+    def __getstate__(self):
+        # rows are views of the tensor they are bound to, which a copy of them would not be
+        kept = ("state", "superseded", "_seen_L")
+        return {name: self.__dict__[name] for name in kept} | {"_bound": None, "_requested": None}
 
     def _bind(self) -> None:
         """Look at the record tensor; it is another one after the state moved."""

@@ -32,6 +32,8 @@ class RouterState(nn.Module):
     def __init__(self, num_layers: int, num_experts: int, device: torch.device | str | None = None):
         super().__init__()
         for name, value in (("num_layers", num_layers), ("num_experts", num_experts)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.num_layers, self.num_experts = num_layers, num_experts
@@ -54,6 +56,11 @@ class RouterState(nn.Module):
         """Make room for route calls of ``tokens`` tokens; allocates only when more is needed."""
         words = layout.scratch_words(self.num_experts, min(tokens, affinity_window(decay)))
         if words > self.scratch.numel():
+            if self.scratch.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"a call of {tokens} tokens needs more scratch, which a CUDA graph cannot "
+                    "allocate: make one such call, or reserve(), before the capture"
+                )
             self._outgrown.append(self.scratch)
             self.scratch = self.scratch.new_zeros(words)
 

@@ -71,11 +71,15 @@ VARIANTS = [
     Variant(1, 1, 1),
     Variant(8, 8, 1),
     Variant(13, 3, 64),
+    Variant(32, 8, 64),
+    Variant(128, 4, 64),
+    Variant(16, 1, 64),
     # interface options
     Variant(8, 2, 1, num_valid=True),
     Variant(8, 2, 4096, rule=EXACT, num_valid=True),
     Variant(64, 6, 1, renormalize=False),
     Variant(64, 6, 64, renormalize=False),
+    Variant(8, 2, 64, renormalize=False),
     Variant(8, 2, 1, rule=BONUS, protect=0, from_demand=False),
     Variant(8, 2, 64, rule=BONUS, protect=0, from_demand=False),
     Variant(8, 2, 1, ids="i32", weights="bf16"),
@@ -113,6 +117,9 @@ def compile_variant(variant: Variant, target: str) -> dict:
         "RENORMALIZE": v.renormalize, "FROM_DEMAND": v.from_demand,
         "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "ONE_TILE": v.T <= BLOCK_T,
         "stride_le": 1, **({} if v.num_valid else {"num_valid_ptr": None}),
+        # as the launcher specialises contiguous tensors: 1 is a constant
+        **({"stride_lt": 1} if v.E == 1 else {}),
+        **({"stride_wt": 1, "stride_it": 1} if v.K == 1 else {}),
     }  # fmt: skip
     types = {
         "logits_ptr": f"*{v.dtype}", "stride_lt": "i32", "stride_le": "i32",
@@ -126,11 +133,13 @@ def compile_variant(variant: Variant, target: str) -> dict:
     signature = {
         name: "constexpr" if name in constants else types[name] for name in route_kernel.arg_names
     }
-    # what the launcher knows of fresh tensors: pointers are 16-byte aligned
+    # what the launcher knows of fresh tensors: pointers are 16-byte aligned, some strides too
+    whole = {"stride_lt"} if v.E % 16 == 0 else set()
+    whole |= {"stride_wt", "stride_it"} if v.K % 16 == 0 else set()
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(route_kernel.arg_names)
-        if name.endswith("_ptr") and name not in constants
+        if (name.endswith("_ptr") or name in whole) and name not in constants
     }
     source = ASTSource(route_kernel, signature, constants, aligned)
     backend, arch, warp = TARGETS[target]

@@ -179,6 +179,35 @@ def test_padding_rows_get_no_gradient(device):
     assert logits_TE.grad[2:].abs().sum() == 0 and logits_TE.grad[:2].abs().sum() > 0
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_num_valid_of_any_one_element_shape(shape, device):
+    logits_TE = torch.randn(4, 8, device=device, requires_grad=True)
+    valid = torch.full(shape, 2, dtype=torch.int32, device=device)
+    weights = make_gate(device, hidden_size=None).route(logits_TE, num_valid=valid).weights
+    assert weights.shape == (4, 2)
+    torch.testing.assert_close(weights.sum(1), torch.tensor([1.0, 1, 0, 0], device=device))
+
+
+def test_a_saved_gate_reads_its_own_record(device, tmp_path):
+    gate = make_gate(device, timers=True)
+    gate(torch.randn(3, 16, device=device))
+    assert sum(request.tokens for request in gate.requests()) == 6
+    torch.save(gate, tmp_path / "gate.pt")
+    twin = torch.load(tmp_path / "gate.pt", weights_only=False)
+    twin(torch.randn(5, 16, device=device))
+    assert sum(request.tokens for request in twin.requests()) == 10
+
+
+def test_superseded_records_are_counted_and_reset(device):
+    gate = make_gate(device)
+    for _ in range(4):
+        gate(torch.randn(1, 16, device=device))
+    gate.requests()
+    assert gate.metrics().superseded == 3
+    gate.reset_metrics()
+    assert gate.metrics().superseded == 0
+
+
 class Calls(TorchDispatchMode):
     """Every PyTorch operation that runs: an allocation or a synchronisation must be among them."""
 
@@ -298,7 +327,8 @@ BAD = [
     ({"top_k": 2.0}, TypeError, "top_k must be an int, got 2.0"),
     ({"num_experts": 32, "top_k": 17}, ValueError, r"top_k must be in \[1, 16\], got 17"),
     ({"decay": 1.5}, ValueError, r"decay must be finite and in \[0, 1\], got 1.5"),
-    ({"boost": -1}, ValueError, "boost must be finite and >= 0, got -1"),
+    ({"boost": -1}, ValueError, "boost must be finite and >= 0, within float32, got -1"),
+    ({"boost": 1e39}, ValueError, "boost must be finite and >= 0, within float32, got 1e"),
     ({"max_score": 0}, ValueError, "max_score must be > 0, got 0"),
     ({"affinity_from": "both"}, ValueError, "affinity_from must be .* got 'both'"),
     ({"layer": -1}, ValueError, "-1"),
@@ -312,10 +342,12 @@ def test_refuses_bad_options(options, error, message, device):
         make_gate(device, **options)
 
 
-@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan"), 1e300])
 def test_policies_refuse_bad_strengths(value):
     for make in (CacheBonus, MassBudget, moe_gpu.QualityBudget):
-        with pytest.raises(ValueError, match=r"(bonus|budget) must be finite and >= 0, got"):
+        with pytest.raises(
+            ValueError, match=r"(bonus|budget) must be finite and >= 0, within float32, got"
+        ):
             make(value)
 
 

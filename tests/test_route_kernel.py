@@ -142,12 +142,15 @@ def test_any_bit_pattern(E, K, rule, protect, strength, device):
         assert_same(got, state, want, want_state)
 
 
-@pytest.mark.parametrize("decay, boost, max_score", [(0.99, 1.0, 1.0), (0.9, 0.3, 2.0), (1, 1, 9)])
-def test_batch_equals_sequence(decay, boost, max_score, device):
+@pytest.mark.parametrize(
+    "decay, boost, max_score, renormalize",
+    [(0.99, 1.0, 1.0, True), (0.9, 0.3, 2.0, False), (1, 1, 9, True)],
+)
+def test_batch_equals_sequence(decay, boost, max_score, renormalize, device):
     """T tokens at once leave the state that T calls leave, bit for bit within the window."""
     logits_TE = torch.randn(75, 8, device=device)
     rules = {"decay": decay, "boost": boost, "max_score": max_score}
-    rules |= {"top_k": 2, "rule": Rule.MASS, "protect": 1}
+    rules |= {"top_k": 2, "rule": Rule.MASS, "protect": 1, "renormalize": renormalize}
     batch, sequence = (make_state(8, [1, 4, 6], 0.1, device=device) for _ in range(2))
     weights, ids = route(logits_TE, batch, 0, **rules)
     rows = [route(logits_TE[t : t + 1], sequence, 0, **rules) for t in range(75)]
@@ -173,8 +176,10 @@ def test_tokens_beyond_the_window_are_skipped_not_lost(device):
     torch.testing.assert_close(batch.affinity_LE, sequence.affinity_LE, atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("E, K", [(8, 2), (13, 3)], ids=str)
-def test_same_bits_on_every_grid(E, K, device, monkeypatch):
+@pytest.mark.parametrize(
+    "E, K, renormalize", [(8, 2, True), (13, 3, True), (16, 2, False)], ids=str
+)
+def test_same_bits_on_every_grid(E, K, renormalize, device, monkeypatch):
     logits_TE = torch.randn(70, E, device=device)
 
     def run(tile=None, programs=1024):
@@ -182,7 +187,7 @@ def test_same_bits_on_every_grid(E, K, device, monkeypatch):
         if tile is not None:
             monkeypatch.setattr(route_module, "tile_of", lambda T, E, K: tile)
         state = make_state(E, half_of(E), 0.2, device=device)
-        rules = {"top_k": K, "rule": Rule.MASS, "protect": 1}
+        rules = {"top_k": K, "rule": Rule.MASS, "protect": 1, "renormalize": renormalize}
         outputs = [*route(logits_TE, state, 0, **rules), *route(logits_TE, state, 0, **rules)]
         monkeypatch.undo()
         return outputs + [getattr(state, name) for name in STATE]
