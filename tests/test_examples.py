@@ -240,7 +240,8 @@ def test_every_domain_takes_part_in_the_measurement(tokens, lengths):
         ("--policy bonus:inf", "needs a finite strength >= 0, got 'bonus:inf'"),
         ("--policy exact:1", "must be exact"),
         ("--max-new-tokens -3", "must be a whole number >= 1, got '-3'"),
-        ("--seed -1", "must be a whole number >= 0, got '-1'"),
+        ("--seed -1", "must be a whole number in [0, 9223372036854775807], got '-1'"),
+        ("--threads 9999", "must be a whole number in [1, 1024], got '9999'"),
         ("--dtype int8", "invalid choice: 'int8'"),
         ("--json .", "is a folder"),
         ("--json nowhere/out.json", "there is no folder nowhere"),
@@ -320,6 +321,13 @@ def test_refuses_a_model_without_experts(capsys, dense_model):
 def test_refuses_a_model_that_is_not_there(name, sentence, capsys):
     assert demo_main(f"--model {name}") == 2
     check_refusal(capsys, sentence)
+
+
+def test_a_single_id_has_nothing_to_decode(random_mixtral):
+    from demo.measure import decode
+
+    model = AutoModelForCausalLM.from_pretrained(random_mixtral)
+    assert list(decode(model, torch.tensor([1]))) == []
 
 
 def test_verify_tells_a_difference(random_mixtral):
