@@ -68,13 +68,15 @@ def test_half_precision_logits(dtype, device):
         pytest.param({"decay": 0.0, "boost": 2.0, "max_score": 4.0}, id="no memory"),
         pytest.param({"decay": 1.0, "boost": 0.125, "max_score": 3.0}, id="no forgetting"),
         pytest.param({"num_valid": 35}, id="padding"),
+        pytest.param({"num_valid": 20, "rule": Rule.BONUS}, id="padding is not swapped"),
         pytest.param({"num_valid": 0}, id="all padding"),
         pytest.param({"num_valid": 99}, id="more valid than rows"),
     ],
 )
 def test_options(options, K, device):
     logits_TE = torch.randn(40, 8, device=device)
-    assert_same(*both(logits_TE, [0, 3, 6], 0.2, top_k=K, rule=Rule.MASS, protect=1, **options))
+    options = {"rule": Rule.MASS, "protect": 1} | options
+    assert_same(*both(logits_TE, [0, 3, 6], 0.2, top_k=K, **options))
 
 
 @pytest.mark.parametrize(
