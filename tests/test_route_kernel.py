@@ -144,6 +144,19 @@ def test_any_bit_pattern(E, K, rule, protect, strength, device):
         assert_same(got, state, want, want_state)
 
 
+@pytest.mark.parametrize("K", [2, 3])
+def test_non_finite_scores_share_nothing(K, device):
+    """Without renormalising, the divisor sums over the finite scores of the row alone."""
+    nan, inf = float("nan"), float("inf")
+    rows = [[1, nan, 0.5, inf], [nan, nan, nan, nan], [inf, -inf, 2, nan], [300, -300, inf, 299]]
+    logits_TE = torch.tensor(rows, device=device)
+    result = both(logits_TE, [0, 2], 0.5, top_k=K, rule=Rule.MASS, renormalize=False)
+    assert_same(*result)
+    weights = result[0][0].cpu()
+    assert weights.isfinite().all()
+    assert torch.equal(weights[1], torch.full((K,), 1 / K))
+
+
 @pytest.mark.parametrize(
     "decay, boost, max_score, renormalize",
     [(0.99, 1.0, 1.0, True), (0.9, 0.3, 2.0, False), (1, 1, 9, True)],
