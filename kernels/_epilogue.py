@@ -58,7 +58,7 @@ def finish(
     missing_e = missing_e == 1
     chosen_e = mask_e & (executed_e > 0)
     urgent_e = chosen_e & missing_e
-    background_e = mask_e & missing_e & (executed_e == 0) & (swapped_e > 0)
+    background_e = mask_e & missing_e & (swapped_e > 0)  # unless urgent, below
     misses = tl.sum(tl.where(missing_e, executed_e, 0), axis=0)
     tl.atomic_add(activations_ptr + offs_e, executed_e.to(tl.int64), mask=chosen_e, sem="relaxed")
 

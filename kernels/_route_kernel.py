@@ -85,7 +85,7 @@ def _route_tile(
                 finite_te = all_te > NONFINITE
                 low_t = key_score(tl.min(tl.where(finite_te, all_te, 2147483647), axis=1))
                 spread_t = tl.minimum(key_score(demand_keys[0]) - low_t, FLOAT32_MAX)
-                spread_t = tl.where(demand_keys[0] > NONFINITE, spread_t, 0.0)
+                # NaN where nothing is finite, and then no sum is finite whatever is added
                 bonus_t = tl.minimum(bonus_t * spread_t, FLOAT32_MAX)
             may_t = may_t & may_outbid(left_te, code_te, demand_keys, demand_codes, bonus_t, K, J)
         # one branch keeps the common case, everybody wanted is resident, at the price of none
