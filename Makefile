@@ -43,7 +43,7 @@ $(STAMP): setup.py constraints.txt
 	rm -f $@
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e '.[hf,profile,dev]'
+	$(PIP) install -c constraints.txt -e '.[hf,metrics,profile,dev]'
 	touch $@
 
 clean:

@@ -39,6 +39,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy"],
     extras_require={
         "hf": ["transformers>=5.17", "safetensors", "tokenizers", "rich", "tqdm"],
+        "metrics": ["prometheus-client>=0.20"],
         "profile": ["tensorboard>=2.20", "torch-tb-profiler>=0.4.3"],
         "dev": [
             "hypothesis",

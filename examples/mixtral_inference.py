@@ -3,12 +3,13 @@
     python examples/mixtral_inference.py                      # the tiny model that comes along
     python examples/mixtral_inference.py --slots 2 --policy mass:0.02 --policy mass:0.1
     python examples/mixtral_inference.py --model PATH --gpu-memory 20GiB
+    python examples/mixtral_inference.py --chat               # talk to it
 
 Generates from a few prompts, then decodes held-out text token by token under each policy and
 prints hits, traffic and perplexity side by side. Exit status: 0, 1 where --verify found a
 difference, 2 where the request makes no sense, 130 after Ctrl-C.
 
-This file is the shell around it; what happens, in order, is in demo/run.py.
+This file is the shell around it; what happens, in order, is in demo/run.py and demo/chat.py.
 """
 
 import sys
@@ -26,8 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interrupt.noted():
             # not at the top: importing torch takes seconds, in which --help and Ctrl-C should work
-            from demo.run import run
-
+            if args.chat:
+                from demo.chat import run
+            else:
+                from demo.run import run
             return run(args)
     except Refusal as refusal:
         return say(f"error: {refusal}", 2)

@@ -1,7 +1,7 @@
 """Mixture-of-experts routing that prefers experts already on the GPU, and an offloader for the rest.
 
-The names below are the public interface. ``attach`` needs transformers (``pip install
-moe-gpu[hf]``) and is imported on first use.
+The names below are the public interface. ``attach``, ``load`` and ``plan_memory`` need
+transformers (``pip install moe-gpu[hf]``) and are imported on first use.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from .requests import Direction, PagingRequest, Priority
 from .state import RouterState
 
 if TYPE_CHECKING:
-    from .huggingface import AttachedMoE, attach
+    from .huggingface import AttachedMoE, MemoryPlan, attach, load, plan_memory
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "Direction",
     "Exact",
     "MassBudget",
+    "MemoryPlan",
     "Metrics",
     "MoEGate",
     "PagingRequest",
@@ -31,11 +32,13 @@ __all__ = [
     "RouterState",
     "Routing",
     "attach",
+    "load",
+    "plan_memory",
 ]
 
 
 def __getattr__(name: str):
-    if name in ("attach", "AttachedMoE"):
+    if name in ("AttachedMoE", "MemoryPlan", "attach", "load", "plan_memory"):
         from . import huggingface
 
         return getattr(huggingface, name)

@@ -1,6 +1,6 @@
 """What a gate, or a model with an offloader, has done so far."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -8,10 +8,111 @@ from .kernels import layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """Totals since the start or the last reset.
+class LayerMetrics:
+    """What one layer has done since the start or the last reset; fields as in :class:`Metrics`.
 
-    Counts come from the device counters, so reading them synchronises once.
+    Attributes:
+        layer: MoE layer, counted from 0.
+        resident: Experts of the layer in slots now.
+    """
+
+    layer: int
+    resident: int = 0
+    pairs: int = 0
+    hits: int = 0
+    misses: int = 0
+    unique_misses: int = 0
+    loads: int = 0
+    bytes_loaded: int = 0
+    evictions: int = 0
+    stall_ms: float | None = None
+
+    @property
+    def hit_rate(self) -> float:
+        """Return hits per pair, 0 before the first pair."""
+        return self.hits / self.pairs if self.pairs else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadMetrics:
+    """What the offloader has done since the start or the last reset.
+
+    Attributes:
+        loads: Experts copied to the device for whatever reason, prefetches included; not the
+            copies that fill the slots when a model is attached.
+        bytes_loaded: Bytes of those copies.
+        evictions: Experts whose slot was given to another.
+        waves: Passes over the slots; more than one per call where the call needed more experts
+            than there were slots.
+        superseded: Step records that nobody read before the next call.
+        background: Requests for experts that were wanted but swapped away.
+        filled: Experts copied to fill the slots, outside any step.
+        bypassed: Loads that passed through a staging slot and displaced nobody.
+        loads_by_tier: Loads by the tier they came from: ``pinned``, ``pageable``, ``disk``.
+        bytes_by_tier: Bytes of those copies.
+        prefetch_issued: Prefetches whose copy was begun.
+        prefetch_useful: Of those, the ones that a step used, late ones included.
+        prefetch_late: Of those, the ones whose copy was still under way when a step wanted them.
+        prefetch_cancelled: Prefetches given up before their copy was begun: they cost nothing.
+        prefetch_failed: Prefetches whose copy failed; a step that needs the expert tries again.
+        prefetch_wasted_bytes: Bytes of prefetched experts that left before any step used them.
+        slots: Device slots in all, staging slots not counted.
+        slots_used: Slots that hold an expert now.
+        staging_slots: Slots that experts pass through.
+        home_bytes: Bytes of expert weights by home tier: ``pinned``, ``pageable``, ``disk``.
+        pin_refused_bytes: Bytes that were to be page-locked and could not be.
+        verified: Checksums of weights compared with the stored ones (``verify=True``).
+        pager_restarts: Times the copying thread had died and was started again.
+        stall_ms: Time that compute waited for copies; None where it was not measured (on CUDA
+            that needs ``timers=True``).
+        layers: The same by layer.
+    """
+
+    loads: int = 0
+    bytes_loaded: int = 0
+    evictions: int = 0
+    waves: int = 0
+    superseded: int = 0
+    background: int = 0
+    filled: int = 0
+    bypassed: int = 0
+    loads_by_tier: dict[str, int] = field(default_factory=dict)
+    bytes_by_tier: dict[str, int] = field(default_factory=dict)
+    prefetch_issued: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_cancelled: int = 0
+    prefetch_failed: int = 0
+    prefetch_wasted_bytes: int = 0
+    slots: int = 0
+    slots_used: int = 0
+    staging_slots: int = 0
+    home_bytes: dict[str, int] = field(default_factory=dict)
+    pin_refused_bytes: int = 0
+    verified: int = 0
+    pager_restarts: int = 0
+    stall_ms: float | None = None
+    layers: tuple[LayerMetrics, ...] = ()
+
+    @property
+    def prefetch_accuracy(self) -> float:
+        """Return useful prefetches per issued one, 0 before the first."""
+        return self.prefetch_useful / self.prefetch_issued if self.prefetch_issued else 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """Return every figure by name, derived ones included, ready for JSON.
+
+        Figures by tier are dictionaries, those by layer a list of dictionaries.
+        """
+        layers = [asdict(layer) | {"hit_rate": layer.hit_rate} for layer in self.layers]
+        return asdict(self) | {"layers": layers, "prefetch_accuracy": self.prefetch_accuracy}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics(OffloadMetrics):
+    """Totals of routing and offloading since the start or the last reset.
+
+    Routing counts come from the device's counters, so reading them synchronises once.
 
     Attributes:
         tokens: Valid tokens; in an attached model each token once, all else sums over layers.
@@ -22,15 +123,6 @@ class Metrics:
         swaps: Executed experts that stood in for a demanded one.
         moved_mass: Router mass that swaps moved, in units of one token's demand.
         padded: Rows beyond ``num_valid``.
-        loads: Experts copied to the device for a step, for whatever reason; not the copies that
-            fill the slots when a model is attached.
-        bytes_loaded: Bytes of those copies.
-        evictions: Experts whose slot was given to another.
-        waves: Passes over the slots; more than one per call where the call needed more experts
-            than there were slots.
-        superseded: Step records that nobody read before the next call.
-        stall_ms: Time that compute waited for copies; None where it was not measured (on CUDA
-            that needs ``timers=True``).
         route_path: ``"triton"`` or ``"reference"``: what ran the last route call; None before it.
         route_us_mean, route_us_p50, route_us_p99: Latency of the route call, ``timers=True``
             only, over the most recent calls.
@@ -44,12 +136,6 @@ class Metrics:
     swaps: int = 0
     moved_mass: float = 0.0
     padded: int = 0
-    loads: int = 0
-    bytes_loaded: int = 0
-    evictions: int = 0
-    waves: int = 0
-    superseded: int = 0
-    stall_ms: float | None = None
     route_path: str | None = None
     route_us_mean: float | None = None
     route_us_p50: float | None = None
@@ -60,9 +146,47 @@ class Metrics:
         """Return hits per pair, 0 before the first pair."""
         return self.hits / self.pairs if self.pairs else 0.0
 
-    def as_dict(self) -> dict[str, int | float | str | None]:
-        """Return every figure by name, derived ones included."""
-        return asdict(self) | {"hit_rate": self.hit_rate}
+    def as_dict(self) -> dict[str, object]:
+        """Return every figure by name; see :meth:`OffloadMetrics.as_dict`."""
+        return super().as_dict() | {"hit_rate": self.hit_rate}
+
+
+class CounterMirror:
+    """The device's counters as the host last saw them.
+
+    Args:
+        counters_LC: ``RouterState.counters_LC``.
+    """
+
+    def __init__(self, counters_LC: torch.Tensor):
+        self._counters_LC = counters_LC
+        self._seen_LC = torch.zeros(counters_LC.shape, dtype=torch.int64)
+        self._landing_LC: torch.Tensor | None = None
+        self._landed: torch.cuda.Event | None = None
+
+    def read(self, wait: bool) -> torch.Tensor:
+        """Return the counters on the host, ``(L, C)``.
+
+        Args:
+            wait: Synchronise. Otherwise they are as of an earlier call, and a copy of the present
+                ones is ordered for a later one.
+        """
+        if wait or not self._counters_LC.is_cuda:
+            return self._counters_LC.cpu()
+        if self._landed is not None and self._landed.query():
+            self._seen_LC, self._landed = self._landing_LC.clone(), None
+        if self._landed is None:
+            if self._landing_LC is None:
+                self._landing_LC = torch.empty_like(self._seen_LC, pin_memory=True)
+            self._landing_LC.copy_(self._counters_LC, non_blocking=True)
+            self._landed = torch.cuda.Event()
+            self._landed.record()
+        return self._seen_LC
+
+    def reset(self) -> None:
+        """Forget what was seen: the counters are zero now."""
+        self._seen_LC.zero_()
+        self._landed = None
 
 
 def routing_counts(counters_LC: torch.Tensor) -> dict[str, int | float]:

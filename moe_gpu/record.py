@@ -15,6 +15,7 @@ import torch
 from .kernels import layout
 from .requests import Direction, PagingRequest, Priority
 from .state import RouterState
+from .waiting import wait_event
 
 _PRIORITY_OF_CODE = {
     layout.PRIORITY_URGENT: Priority.URGENT,
@@ -73,10 +74,12 @@ class RecordReader:
 
     Args:
         state: The state whose records are read. It may move between devices.
+        timeout_s: How long :meth:`read` waits for the device at most, in seconds.
     """
 
-    def __init__(self, state: RouterState):
+    def __init__(self, state: RouterState, timeout_s: float = 60.0):
         self.state = state
+        self.timeout_s = timeout_s
         self.superseded = 0
         self._seen_L = [0] * state.num_layers
         self._bound: torch.Tensor | None = None  # the record tensor that the rows below belong to
@@ -99,7 +102,7 @@ class RecordReader:
 
         Raises:
             RuntimeError: The two generation words differ: another stream was routing with the
-                same state.
+                same state. Or the device was not done in time.
         """
         self._bind()
         if self._arrived is None:
@@ -108,7 +111,7 @@ class RecordReader:
             if self._requested != layer:
                 self.request(layer)
             self._requested = None
-            self._arrived.synchronize()
+            wait_event(self._arrived, self.timeout_s, f"layer {layer}: the device's work")
             row_R = self._host_R.numpy().copy()
         if row_R[0] != row_R[-1]:
             raise RuntimeError(
@@ -123,7 +126,7 @@ class RecordReader:
 
     def __getstate__(self):
         # rows are views of the tensor they are bound to, which a copy of them would not be
-        kept = ("state", "superseded", "_seen_L")
+        kept = ("state", "timeout_s", "superseded", "_seen_L")
         return {name: self.__dict__[name] for name in kept} | {"_bound": None, "_requested": None}
 
     def _bind(self) -> None:

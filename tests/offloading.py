@@ -4,27 +4,30 @@ import torch
 
 from moe_gpu import RouterState
 from moe_gpu.kernels.route_ref import Rule, route_ref
-from moe_gpu.offload import ExpertLayout, ExpertOffloader, HostStore
+from moe_gpu.offload import ExpertLayout, ExpertOffloader, ExpertStore
 
 SHAPES = {"gate_up_proj": (6, 5), "down_proj": (5, 3)}  # odd: offsets need their alignment
 
 
-def make_store(layers: int, experts: int, device="cpu") -> tuple[HostStore, list[dict]]:
+def make_store(
+    layers: int, experts: int, device="cpu", **arguments
+) -> tuple[ExpertStore, list[dict]]:
     """A store of random weights, and the weights themselves, per layer and name."""
     weights = [
         {name: torch.randn(experts, *shape) for name, shape in SHAPES.items()}
         for _ in range(layers)
     ]
-    store = HostStore(ExpertLayout.of(weights[0]), layers, experts, device)
+    store = ExpertStore(ExpertLayout.of(weights[0]), layers, experts, device, **arguments)
     for layer, parameters in enumerate(weights):
         store.put(layer, parameters)
     return store, weights
 
 
-def make_offloader(layers=1, experts=8, slots=4, fill=True, **arguments):
-    """An offloader and its weights."""
+def make_offloader(layers=1, experts=8, slots=4, fill=True, staging_slots=0, **arguments):
+    """An offloader and its weights; without staging slots, later waves take the step's own."""
     store, weights = make_store(layers, experts)
-    offloader = ExpertOffloader(RouterState(layers, experts), store, slots, **arguments)
+    state = RouterState(layers, experts)
+    offloader = ExpertOffloader(state, store, slots, staging_slots=staging_slots, **arguments)
     if fill:
         offloader.fill()
     return offloader, weights
@@ -54,8 +57,8 @@ def run_step(offloader, weights, pairs, layer=0):
     """Take a whole step; check that each slot holds its expert; return the experts in order."""
     order = []
     for expert, slot, _, _ in offloader.step(layer, pairs):
-        for name, view in offloader.views_L[layer].items():
-            assert torch.equal(view[slot], weights[layer][name][expert]), (expert, name)
+        for name, weight in offloader.weights_of(layer)[slot].items():
+            assert torch.equal(weight, weights[layer][name][expert]), (expert, name)
         order.append(expert)
     assert_consistent(offloader)
     return order
@@ -63,7 +66,10 @@ def run_step(offloader, weights, pairs, layer=0):
 
 def assert_consistent(offloader):
     """Between steps: tables are sound, nothing is leased, and the gate sees what is true."""
+    E = offloader.state.num_experts
+    assert not offloader._flights
     for layer, table in enumerate(offloader.tables):
         table.check()
         assert not any(table.leases_S)
-        assert offloader.state.slot_of_LE[layer].tolist() == table.slot_of_E
+        first = offloader.key_of(layer, 0)
+        assert offloader.state.slot_of_LE[layer].tolist() == table.slot_of_X[first : first + E]

@@ -6,6 +6,7 @@ the chosen seed gives is one that real hardware could take, so a missing wait sh
 
 import contextlib
 import random
+import threading
 from collections import deque
 
 
@@ -21,8 +22,9 @@ class FakeStream:
         cuda.streams.append(self)
 
     def queue(self, job):
-        self.work.append((None, job))
-        self.cuda.run_some()
+        with self.cuda.lock:
+            self.work.append((None, job))
+            self.cuda.run_some()
 
     def mark(self):
         mark = Mark()
@@ -45,10 +47,12 @@ class FakeEvent:
         self.cuda, self.mark = cuda, None
 
     def record(self, stream):
-        self.mark = stream.mark()
+        self.cuda, self.mark = stream.cuda, stream.mark()
 
     def query(self):
-        return self.mark is None or self.mark.done
+        with self.cuda.lock:
+            self.cuda.run_one()  # time passes while the host looks
+            return self.mark is None or self.mark.done
 
     def synchronize(self):
         if self.mark is not None:
@@ -62,7 +66,13 @@ class FakeEvent:
 class FakeCuda:
     def __init__(self, seed: int):
         self.random, self.streams = random.Random(seed), []
-        self.current = self.Stream()
+        self.lock = threading.RLock()
+        self.default = self.Stream()
+        self._here = threading.local()  # as in CUDA, each thread has its own current stream
+
+    @property
+    def current(self):
+        return getattr(self._here, "stream", self.default)
 
     def Stream(self, device=None):  # noqa: N802 - stands in for a class
         return FakeStream(self)
@@ -75,25 +85,30 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def stream(self, stream):
-        before, self.current = self.current, stream
+        before, self._here.stream = self.current, stream
         yield
-        self.current = before
+        self._here.stream = before
 
     def run_one(self) -> bool:
-        ready = [s for s in self.streams if s.work and (s.work[0][0] is None or s.work[0][0].done)]
-        if ready:
-            self.random.choice(ready).work.popleft()[1]()
-        return bool(ready)
+        with self.lock:
+            ready = [
+                s for s in self.streams if s.work and (s.work[0][0] is None or s.work[0][0].done)
+            ]
+            if ready:
+                self.random.choice(ready).work.popleft()[1]()
+            return bool(ready)
 
     def run_some(self):
         for _ in range(self.random.choice([0, 0, 1, 3])):
             self.run_one()
 
     def run_until(self, mark):
-        while not mark.done:
-            assert self.run_one(), "the streams wait for each other"
+        with self.lock:
+            while not mark.done:
+                assert self.run_one(), "the streams wait for each other"
 
     def run_all(self):
-        while self.run_one():
-            pass
-        assert not any(stream.work for stream in self.streams)
+        with self.lock:
+            while self.run_one():
+                pass
+            assert not any(stream.work for stream in self.streams)

@@ -45,12 +45,11 @@ def prefill_and_decode(model):
 
 
 @pytest.mark.filterwarnings("ignore:1 slots per layer")
-@pytest.mark.parametrize("eviction", ["affinity", "lru"])
+@pytest.mark.parametrize("pool", [False, True], ids=["per-layer", "pool"])
 @pytest.mark.parametrize("slots", range(1, EXPERTS + 1))  # 1 is fewer than K: waves at each token
-def test_exact_routing_is_bitwise_the_same_whatever_was_resident(
-    model, all_resident, slots, eviction
-):
-    with moe_gpu.attach(model, slots=slots, policy=Exact(), eviction=eviction) as moe:
+def test_exact_routing_is_bitwise_the_same_whatever_was_resident(model, all_resident, slots, pool):
+    with moe_gpu.attach(model, slots=slots, policy=Exact(), pool=pool) as moe:
+        assert moe.offloader.num_slots == slots * (LAYERS if pool else 1)
         for history in ([], [3], [4, 5]):
             for seed in history:
                 logits_of(model, prompt(seed, tokens=2))
@@ -141,7 +140,12 @@ def test_metrics_add_up(model):
         metrics = moe.metrics()
         assert metrics.tokens == 5 + 3  # the last token is not fed back
         assert metrics.pairs == metrics.hits + metrics.misses == 8 * TOP_K * LAYERS
-        assert metrics.loads == metrics.unique_misses == metrics.evictions > 0
+        assert metrics.loads == metrics.unique_misses > 0
+        assert metrics.evictions == metrics.loads - metrics.bypassed
+        assert metrics.loads_by_tier == {"pinned": 0, "pageable": metrics.loads, "disk": 0}
+        layers = metrics.layers
+        for name in ("pairs", "hits", "misses", "unique_misses", "loads", "evictions"):
+            assert sum(getattr(layer, name) for layer in layers) == getattr(metrics, name), name
         assert metrics.bytes_loaded == metrics.loads * EXPERT_BYTES
         assert metrics.waves >= 4 * LAYERS and metrics.superseded == 0
         assert metrics.stall_ms > 0 and metrics.route_us_p99 >= metrics.route_us_p50 > 0
@@ -196,7 +200,7 @@ def test_detach_gives_everything_back():
     attributes = {m: (set(vars(m)), type(m)) for m in modules}
     implementation = model.get_experts_implementation()
 
-    moe = moe_gpu.attach(model, slots=2, policy=Exact())
+    moe = moe_gpu.attach(model, slots=2, pool=False, policy=Exact())
     assert type(block.experts).__name__ == "MixtralExperts"
     assert block.experts.gate_up_proj.shape[0] == 2
     assert model.get_experts_implementation()[""] == "moe_gpu"

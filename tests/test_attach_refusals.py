@@ -53,6 +53,17 @@ ARGUMENTS = [
     ({"slots": 2, "max_policy_tokens": -1}, ValueError, "max_policy_tokens must be >= 0, got -1"),
     ({"slots": 2, "affinity_from": "luck"}, ValueError, "affinity_from must be .* got 'luck'"),
     ({"slots": 2, "device": "nowhere"}, RuntimeError, "nowhere"),
+    ({"slots": 2, "pool": "yes"}, TypeError, "pool must be True or False, got 'yes'"),
+    ({"slots": 2, "bypass": None}, TypeError, "bypass must be True or False, got None"),
+    ({"slots": 2, "staging_slots": -1}, ValueError, "staging_slots must be an int >= 0, got -1"),
+    ({"slots": 2, "prefetch": ["oracle"]}, ValueError, "prefetch must be among .* got 'oracle'"),
+    ({"slots": 2, "prefetch": [3]}, TypeError, "prefetch must hold names .* got 3"),
+    ({"slots": 2, "prefill": "all"}, ValueError, "prefill must be 'last', 'warm' .* got 'all'"),
+    ({"slots": 2, "timeout_s": 0}, ValueError, "timeout_s must be finite and > 0, got 0"),
+    ({"slots": 2, "timeout_s": "1"}, TypeError, "timeout_s must be a number .* got '1'"),
+    ({"slots": 2, "link_gbps": 0}, ValueError, "link_gbps must be > 0, got 0"),
+    ({"slots": 2, "pinned_memory": "-1"}, ValueError, "pinned_memory must be bytes .* got '-1'"),
+    ({"slots": 2, "residency": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
 ]
 
 
@@ -156,8 +167,10 @@ def test_attaching_and_detaching_twice(model):
     moe.detach()
     with pytest.raises(RuntimeError, match="already detached"):
         moe.detach()
+    with moe_gpu.attach(model, slots=5) as moe:
+        assert "5 of 8 experts resident" in repr(moe)
     with moe_gpu.attach(model, slots=3) as moe:
-        assert "3 of 8 experts resident" in repr(moe)
+        assert "a pool of 6 for 16" in repr(moe)
     assert "detached" in repr(moe)
 
 
@@ -187,10 +200,10 @@ def test_a_detach_that_failed_can_be_repeated(model, monkeypatch):
     moe = moe_gpu.attach(model, slots=2)
     given_back = moe.offloader.store.parameter
 
-    def fails_for_layer_0(layer, name):
+    def fails_for_layer_0(layer, name, out):
         if layer == 0:
             raise MemoryError("no room for the model")
-        return given_back(layer, name)
+        return given_back(layer, name, out)
 
     with monkeypatch.context() as patch:
         patch.setattr(moe.offloader.store, "parameter", fails_for_layer_0)

@@ -13,7 +13,7 @@ from offloading import assert_consistent, make_offloader, make_store, route, run
 
 def test_starts_with_the_first_experts():
     offloader, _ = make_offloader(layers=2, slots=3)
-    assert offloader.tables[1].slot_of_E == [0, 1, 2, -1, -1, -1, -1, -1]
+    assert offloader.tables[1].slot_of_X == [0, 1, 2, -1, -1, -1, -1, -1]
     assert_consistent(offloader)
     assert (offloader.metrics().filled, offloader.metrics().loads) == (6, 0)
 
@@ -23,7 +23,7 @@ def test_hits_first_then_loads_with_the_spans_of_sorted_pairs():
     route(offloader.state, [[5, 2], [2, 0], [5, 2]])
     turns = list(offloader.step(0, 6))
     assert [(t.expert, t.start, t.stop) for t in turns] == [(0, 0, 1), (2, 1, 4), (5, 4, 6)]
-    assert turns[2].slot == offloader.tables[0].slot_of_E[5]
+    assert turns[2].slot == offloader.tables[0].slot_of_X[5]
     assert offloader.tables[0].residents() == [0, 2, 3, 5], "1 had the lowest affinity and id"
 
 

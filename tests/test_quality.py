@@ -60,7 +60,7 @@ def test_simulation_is_the_live_path(quality, model, policy, eviction, monkeypat
     rows_NT = torch.randint(0, 64, (2, 30))
     counts = quality.evaluate(model, rows_NT, 3, policy, eviction)
     for n, row_T in enumerate(rows_NT):
-        with moe_gpu.attach(model, slots=3, policy=policy, eviction=eviction) as moe:
+        with moe_gpu.attach(model, slots=3, pool=False, policy=policy, eviction=eviction) as moe:
             nll = decode(model, row_T)
             metrics = moe.metrics()
         assert metrics.loads == metrics.misses == counts.loads[n]

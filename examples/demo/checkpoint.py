@@ -70,6 +70,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise Refusal(f"--model {name}: no tokenizer: {one_line(error)}") from None
 
 
+def short_name(name: str) -> str:
+    """Return a model's name without the folders it lies in."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def check_name(name: str) -> None:
     """Refuse what is neither a complete folder nor possibly a hub id."""
     folder = Path(name)

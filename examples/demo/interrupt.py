@@ -5,7 +5,7 @@ fifty during a start like ours. So it is also noted, and :func:`check` raises it
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _pressed = False
@@ -23,10 +23,37 @@ def noted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Only note the first Ctrl-C while the block runs, so that it can end in good order.
+
+    Yields a function that says whether it came. A second one raises at once.
+    """
+    presses = 0
+
+    def count(signum, frame):
+        nonlocal presses
+        presses += 1
+        if presses > 1:
+            _note(signum, frame)
+
+    before = signal.signal(signal.SIGINT, count)
+    try:
+        yield lambda: presses > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def check() -> None:
     """Raise KeyboardInterrupt if Ctrl-C was pressed and lost."""
     if _pressed:
         raise KeyboardInterrupt
+
+
+def forget() -> None:
+    """Go on after a Ctrl-C that was answered."""
+    global _pressed
+    _pressed = False
 
 
 def _note(signum, frame):

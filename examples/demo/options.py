@@ -19,6 +19,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 LENGTHS = {"max_new_tokens": 64, "eval_tokens": 1536}
 QUICK_LENGTHS = {"max_new_tokens": 12, "eval_tokens": 96}
+CHAT_LENGTHS = {"max_new_tokens": 256}
+NOT_IN_CHAT = ("prompt", "eval_tokens", "profile", "json", "verify", "quick")
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +40,8 @@ def parse(prog: str, description: str, argv: list[str] | None) -> argparse.Names
         help="checkpoint with MoE layers (default: the tiny model in this folder)")
     add("--prompt", action="append", metavar="TEXT", help="repeatable (default: three of our own)")
     add("--max-new-tokens", type=whole(1), metavar="N",
-        help=f"tokens per prompt (default: {LENGTHS['max_new_tokens']})")
+        help=f"tokens per prompt or answer, at most (default: {LENGTHS['max_new_tokens']}, in a chat "
+             f"{CHAT_LENGTHS['max_new_tokens']})")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--slots", type=whole(1), metavar="N", help="resident experts of each layer")
     where.add_argument("--resident", type=fraction, metavar="F",
@@ -46,7 +49,8 @@ def parse(prog: str, description: str, argv: list[str] | None) -> argparse.Names
     where.add_argument("--gpu-memory", metavar="SIZE", help='device memory in all, as in "20GiB"')
     add("--policy", action="append", type=policy, metavar="P",
         help=f"exact, bonus[:B], mass[:M] or all; repeatable; exact is always measured, the others "
-             f"against it (default: all, which is bonus:{BONUS} and mass:{BUDGET})")
+             f"against it; text is written under the last (default: all, which is bonus:{BONUS} and "
+             f"mass:{BUDGET})")
     add("--device", metavar="D", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
     add("--threads", type=whole(1, 1024), metavar="N",
@@ -60,18 +64,25 @@ def parse(prog: str, description: str, argv: list[str] | None) -> argparse.Names
         help="check that exact routing gives bitwise the logits of the model with every expert "
              "resident, whatever was in the cache")
     add("--quick", action="store_true", help="a short form of everything")
+    add("--chat", action="store_true", help="talk to the model instead; /help says how")
     return complete(parser, parser.parse_args(argv))
 # fmt: on
 
 
 def complete(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on other options, and check what does."""
-    for name, length in (QUICK_LENGTHS if args.quick else LENGTHS).items():
+    given = [f"--{name.replace('_', '-')}" for name in NOT_IN_CHAT if getattr(args, name)]
+    if args.chat and given:
+        parser.error(f"--chat only talks, so it does not go with {', '.join(given)}")
+    lengths = CHAT_LENGTHS if args.chat else QUICK_LENGTHS if args.quick else LENGTHS
+    for name, length in lengths.items():
         if getattr(args, name) is None:
             setattr(args, name, length)
     if args.prompt is None:
         args.prompt = list(PROMPTS[:1] if args.quick else PROMPTS)
-    args.policy = unique(sum(args.policy or [policy("all")], [("exact", 0.0)]))
+    asked = args.policy or [policy("all")]
+    args.text_policy = asked[-1][-1]
+    args.policy = unique(sum(asked, [("exact", 0.0)]))
     if not any((args.slots, args.resident, args.gpu_memory)):
         args.resident = 0.5
     if args.json is not None:

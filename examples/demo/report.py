@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import moe_gpu
 
-from .checkpoint import EvalText
+from .checkpoint import EvalText, short_name
 from .measure import WARM_UP
 
 
@@ -26,7 +26,7 @@ def conditions(
     device = model.device
     on_gpu = device.type == "cuda"
     return {
-        "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
+        "model": short_name(args.model),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
 def write_texts(args, model, moe, tokenizer, prompts) -> list[dict]:
     """Continue every prompt before the user's eyes, under the policy that was named last."""
-    moe.set_policy(measure.make_policy(*args.policy[-1]))
-    title = f"text under {measure.label(args.policy[-1])}"
+    moe.set_policy(measure.make_policy(*args.text_policy))
+    title = f"text under {measure.label(args.text_policy)}"
     generations = []
     for prompt, ids in prompts:
         with screen.Stream(tokenizer, title, prompt, args.max_new_tokens) as stream:

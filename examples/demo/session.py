@@ -87,11 +87,22 @@ def generate(
     new_tokens: int,
     seed: int,
     streamer: TextStreamer | None = None,
-) -> None:
-    """Sample a continuation of one prompt."""
+    **options,
+) -> torch.Tensor:
+    """Sample a continuation of one prompt and return both, ``(1, T)``.
+
+    Args:
+        model: Writes.
+        tokenizer: Knows the padding.
+        ids: The prompt, ``(1, T)``.
+        new_tokens: At most that many.
+        seed: Of the sampling.
+        streamer: Gets the ids as they come.
+        options: More for ``generate``.
+    """
     torch.manual_seed(seed)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generate(
+    return model.generate(
         ids.to(model.device),
         attention_mask=torch.ones_like(ids, device=model.device),
         max_new_tokens=new_tokens,
@@ -100,4 +111,5 @@ def generate(
         top_k=50,
         pad_token_id=padding,
         streamer=streamer,
+        **options,
     )

@@ -1,5 +1,7 @@
 """Puts the gate and the offloader into Hugging Face models, and takes them out again."""
 
 from .attach import AttachedMoE, attach
+from .load import load
+from .plan import MemoryPlan, plan_memory
 
-__all__ = ["AttachedMoE", "attach"]
+__all__ = ["AttachedMoE", "MemoryPlan", "attach", "load", "plan_memory"]

@@ -1,30 +1,40 @@
 """Attach the gate and the offloader to a transformers model, and detach them again."""
 
 import itertools
+import threading
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
+from ..export import status_line
 from ..gate import MoEGate
 from ..latency import summarize_us
-from ..metrics import Metrics, routing_counts
-from ..offload import EvictionPolicy, ExpertOffloader, HostStore
-from ..offload.eviction import eviction_policy
-from ..offload.slots import check_slots, warn_few_slots
+from ..metrics import CounterMirror, Metrics, routing_counts
+from ..offload import EvictionPolicy, ExpertOffloader, ExpertStore
+from ..offload.residency import Residency
+from ..offload.slots import warn_few_slots
+from ..offload.tiers import available_memory, host_budget, place
 from ..policies import MassBudget, Policy
 from ..state import RouterState
-from .budget import memory_needs, parse_bytes, slots_of_share
-from .experts import ATTRIBUTE, ExpertsLayer, switch_off, switch_on
+from .budget import memory_needs, parse_bytes
+from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
 from .families import MoEBlock, find_blocks
+from .options import Options, SlotChoice
 from .router import RoutedForward
 from .weights import ExpertWeights, common_layout
 
+FORWARD_S = 600.0  # how long a forward waits for one on another thread
 
-class AttachedMoE:
-    """A model whose routers are gates and whose experts live in slots; made by :func:`attach`.
 
-    As a context manager it detaches at the end.
+class AttachedMoE(NotCopyable):
+    """A model whose routers are gates and whose experts live in slots; made by ``attach`` or ``load``.
+
+    As a context manager it detaches at the end; a loaded one closes.
+
+    Forwards of the model on several threads wait for each other.
 
     Attributes:
         model: The attached model.
@@ -38,38 +48,81 @@ class AttachedMoE:
         model: nn.Module,
         blocks: list[MoEBlock],
         gates: list[MoEGate],
-        store: HostStore,
+        weights: ExpertWeights,
         own_device: torch.device,
     ):
         self.model, self.gates, self.state = model, gates, gates[0].state
         self.offloader: ExpertOffloader | None = None
         self._blocks, self._own_device = blocks, own_device
-        self._weights = ExpertWeights(model, blocks, store)
+        self._weights = weights
+        self._layers: list[ExpertsLayer] = []
         self._configs = []
         self._own_forwards: list[tuple[nn.Module, object]] = []
+        self._hooks = []
+        self._held: list[threading.RLock] = []  # one per forward under way
+        self._counters = CounterMirror(self.state.counters_LC)
         self._attached = False
 
-    def _attach(self, slots: int, eviction: EvictionPolicy, timers: bool) -> None:
+    def _attach(self, choice: SlotChoice, options: Options, residency: Residency | None) -> None:
         """Change the model. Undoes everything if any of it fails."""
         try:
             self._weights.take()
             self.offloader = ExpertOffloader(
-                self.state, self._weights.store, slots, eviction=eviction, timers=timers
+                self.state,
+                self._weights.store,
+                choice.slots,
+                pool=choice.pool,
+                staging_slots=choice.staging,
+                eviction=options.eviction,
+                bypass=options.bypass,
+                prefetch=options.prefetch,
+                prefill=options.prefill,
+                stream_prefill=options.stream_prefill,
+                verify=options.verify,
+                timers=options.timers,
+                timeout_s=options.timeout_s,
+                link_gbps=options.link_gbps,
             )
-            self.offloader.fill()
+            if options.verify:
+                self._weights.store.remember_checksums()
+            if residency is None:
+                self.offloader.fill()
+            else:
+                residency.restore(self.offloader)
             self._weights.show_slots(self.offloader.views_L)
             self._move_to(self.state.slot_of_LE.device)
             for layer, (block, gate) in enumerate(zip(self._blocks, self.gates, strict=True)):
                 router, experts = block.router, block.experts
-                routed = RoutedForward(block, gate, self.offloader.views_L[layer])
+                following = self._blocks[layer + 1] if layer + 1 < len(self._blocks) else None
+                here = ExpertsLayer(self.offloader, layer, options.max_policy_tokens)
+                views = self.offloader.views_L[layer]
+                routed = RoutedForward(block, gate, here, views, following)
                 self._own_forwards.append((router, router.__dict__.get("forward")))
                 router.forward = routed
-                setattr(experts, ATTRIBUTE, ExpertsLayer(self.offloader, layer))
+                self._layers.append(here)
+                setattr(experts, ATTRIBUTE, here)
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._enter, prepend=True),
+                self.model.register_forward_hook(self._leave, always_call=True),
+            ]
             self._configs = switch_on(self.model)
         except BaseException:
             self._undo()
             raise
         self._attached = True
+
+    def _enter(self, module, args) -> None:
+        lock = self.offloader.lock
+        if not lock.acquire(timeout=FORWARD_S):
+            raise RuntimeError(
+                f"another thread has been running this model for {FORWARD_S:g} s: its calls wait "
+                "for each other"
+            )
+        self._held.append(lock)
+
+    def _leave(self, module, args, output) -> None:
+        if self._held:  # none where a hook before ours raised
+            self._held.pop().release()
 
     def _undo(self) -> None:
         """Take back what :meth:`_attach` did, as far as it got; can be called again.
@@ -80,6 +133,9 @@ class AttachedMoE:
             self.offloader.close()
         self._weights.give_back()
         self._move_to(self._own_device)
+        self._let_go()
+
+    def _let_go(self) -> None:
         for router, own in self._own_forwards:
             if own is None:
                 router.__dict__.pop("forward", None)
@@ -87,7 +143,10 @@ class AttachedMoE:
                 router.forward = own
         for block in self._blocks:
             block.experts.__dict__.pop(ATTRIBUTE, None)
+        for hook in self._hooks:
+            hook.remove()
         switch_off(self._configs)
+        self._configs = []
 
     def _move_to(self, device: torch.device) -> None:
         if any(tensor.device != device for tensor in self.model.parameters()):
@@ -96,13 +155,45 @@ class AttachedMoE:
     def detach(self) -> None:
         """Give the model back as it was: weights, devices, forwards, saving. Frees the slots.
 
+        A model that came from :func:`moe_gpu.load` ends up whole in host memory; where it does
+        not fit there, :meth:`close` is what you want. Waits for a forward on another thread.
+
         Raises:
-            RuntimeError: Already detached.
+            RuntimeError: Already detached, or called from inside an expert.
+            MemoryError: A loaded model that host memory has no room for; nothing has changed.
         """
+        self._check_can_end("detach")
+        if self._weights.loaded:
+            layout, store = self._weights.store.layout, self._weights.store
+            needed = store.num_layers * store.num_experts * layout.expert_bytes
+            free = available_memory()
+            if free is not None and needed > free:
+                raise MemoryError(
+                    f"detach() would put all experts into host memory: {needed:,} bytes, of which "
+                    f"{free:,} are available; close() frees the model without"
+                )
+        with self.offloader.lock:
+            self._undo()
+            self._attached = False
+
+    def close(self) -> None:
+        """Free the experts for good: the model cannot compute any more. Metrics stay readable.
+
+        Raises:
+            RuntimeError: Already detached or closed, or called from inside an expert.
+        """
+        self._check_can_end("close")
+        with self.offloader.lock:
+            self.offloader.close()
+            self._weights.give_up()
+            self._let_go()
+            self._attached = False
+
+    def _check_can_end(self, verb: str) -> None:
         if not self._attached:
             raise RuntimeError("this model is already detached")
-        self._undo()
-        self._attached = False
+        if any(layer.computing == threading.get_ident() for layer in self._layers):
+            raise RuntimeError(f"{verb}() was called from inside an expert: let it finish first")
 
     def set_policy(self, policy: Policy) -> None:
         """Route by another policy from now on; no weights move.
@@ -115,41 +206,55 @@ class AttachedMoE:
         for gate in self.gates:
             gate.policy = policy
 
-    def metrics(self) -> Metrics:
-        """Return what routing and offloading have done so far. Synchronises."""
-        offload = self.offloader.metrics()
+    def metrics(self, wait: bool = True) -> Metrics:
+        """Return what routing and offloading have done so far.
+
+        Args:
+            wait: Synchronise with the device, so that routing counts are up to date. Without, they
+                are as of an earlier such call, and the device is not stopped; on the CPU both are
+                the same.
+        """
         latencies_us = itertools.chain.from_iterable(gate.latencies_us() for gate in self.gates)
         return Metrics(
-            **routing_counts(self.state.counters_LC),
+            **vars(self.offloader.metrics()),
+            **routing_counts(self._counters.read(wait)),
             **summarize_us(list(latencies_us)),
-            loads=offload.loads,
-            bytes_loaded=offload.bytes_loaded,
-            evictions=offload.evictions,
-            waves=offload.waves,
-            superseded=offload.superseded,
-            stall_ms=offload.stall_ms,
             route_path=self.gates[0].last_route_path,
         )
+
+    def status(self) -> str:
+        """Return one line for a long run: hits, traffic, stalls. Does not stop the device."""
+        return status_line(self.metrics(wait=False))
 
     def reset_metrics(self) -> None:
         """Set all counts and timers to zero; residency, affinity and activations stay."""
         for gate in self.gates:
             gate.reset_metrics()
         self.offloader.reset_metrics()
+        self._counters.reset()
+
+    def save_residency(self, path: str | Path) -> None:
+        """Write who is resident and how hot each expert is, for ``residency=`` of a later start.
+
+        The file appears whole or not at all (safetensors). Synchronises.
+        """
+        Residency.of(self.offloader).save(path)
 
     def __enter__(self) -> "AttachedMoE":
         return self
 
     def __exit__(self, *exc_info) -> None:
         if self._attached:
-            self.detach()
+            (self.close if self._weights.loaded else self.detach)()
 
     def __repr__(self) -> str:
         layers, experts = self.state.num_layers, self.state.num_experts
         status = "attached" if self._attached else "detached"
+        slots = f"{self.offloader.num_slots} of {experts} experts resident"
+        if self.offloader.is_pool:
+            slots = f"a pool of {self.offloader.num_slots} for {layers * experts} experts"
         return (
-            f"AttachedMoE({type(self.model).__name__}, {status}, {layers} layers, "
-            f"{self.offloader.num_slots} of {experts} experts resident, "
+            f"AttachedMoE({type(self.model).__name__}, {status}, {layers} layers, {slots}, "
             f"policy={self.gates[0].policy})"
         )
 
@@ -161,22 +266,34 @@ def attach(
     resident: float | int | None = None,
     gpu_memory: int | str | None = None,
     context_tokens: int = 4096,
+    pool: bool | None = None,
+    staging_slots: int | None = None,
+    pinned_memory: int | str | None = None,
     policy: Policy = MassBudget(0.05),  # noqa: B008 - frozen dataclass
-    eviction: Literal["affinity", "lru"] | EvictionPolicy = "affinity",
+    eviction: Literal["lru", "lfu", "affinity", "affinity_over_age"] | EvictionPolicy = "lru",
+    bypass: bool = False,
+    prefetch: Iterable[str] = (),
+    prefill: Literal["last", "warm", "keep"] = "last",
+    stream_prefill: bool = True,
+    residency: str | Path | None = None,
     device: torch.device | str | None = None,
     decay: float = 0.99,
     boost: float = 1.0,
     max_score: float = 1.0,
     affinity_from: Literal["demand", "executed"] = "demand",
     max_policy_tokens: int = 64,
+    verify: bool = False,
     timers: bool = False,
+    timeout_s: float = 60.0,
+    link_gbps: float | None = None,
 ) -> AttachedMoE:
     """Route a transformers MoE model through gates, with part of its experts on the device.
 
-    The expert weights move to host memory (page-locked for CUDA), S experts of each layer stay in
-    slots on the device. The model's own objects stay: ``generate``, ``output_router_logits``,
-    ``state_dict`` and ``save_pretrained`` work while attached (the last two copy the full weights
-    in host memory). For inference: the experts have no backward pass.
+    The expert weights move to host memory (page-locked for CUDA as far as ``pinned_memory``
+    allows), S experts of each layer stay in slots on the device. The model's own objects stay:
+    ``generate``, ``output_router_logits``, ``state_dict`` and ``save_pretrained`` work while
+    attached (the last two copy the full weights in host memory). For inference: the experts have
+    no backward pass.
 
     Exactly one of ``slots``, ``resident`` and ``gpu_memory`` says how many experts stay.
 
@@ -185,18 +302,34 @@ def attach(
         slots: Experts per layer on the device, in [1, E].
         resident: The same as a share of E in (0, 1], rounded down, or as an int.
         gpu_memory: Bytes, or text such as ``"20GiB"``, for all of: dense weights, KV cache of
-            ``context_tokens``, workspace, slots.
+            ``context_tokens``, workspace, staging slots, slots.
         context_tokens: Sequence length that ``gpu_memory`` makes room for.
+        pool: One pool of slots for all layers. Default: where there are fewer than 2K per layer.
+        staging_slots: Slots beside these that experts pass through without displacing anybody.
+            Default: 2, or none where every expert has a slot.
+        pinned_memory: Bytes of host memory to page-lock for experts. Default on CUDA: half of
+            the free host memory at most.
         policy: How far routing may move towards resident experts.
-        eviction: Who leaves when a slot is needed: ``"affinity"``, ``"lru"`` or an object with
-            ``rank`` (:class:`~moe_gpu.offload.eviction.EvictionPolicy`).
+        eviction: Who leaves when a slot is needed: ``"lru"``, ``"lfu"``, ``"affinity"``,
+            ``"affinity_over_age"`` or an object with ``rank``
+            (:class:`~moe_gpu.offload.eviction.EvictionPolicy`).
+        bypass: A missing expert that ranks below everybody passes through a staging slot.
+        prefetch: Predictors that fetch ahead: any of ``"next_gate"``, ``"background"``,
+            ``"affinity"`` (:mod:`moe_gpu.offload.prefetch`).
+        prefill: Whom a prefill leaves resident: ``"last"``, what its last tokens wanted;
+            ``"warm"``, what most of its tokens used; ``"keep"``, whoever was there.
+        stream_prefill: Copy the next layer's experts while a prefill computes the present one.
+        residency: File of :meth:`AttachedMoE.save_residency`: start with its experts.
         device: Where the model computes; it moves there. Default: where it is.
         decay: See :class:`~moe_gpu.gate.MoEGate`, as for the four below.
         boost: Affinity added to a chosen expert.
         max_score: Affinity clamp.
         affinity_from: What ages the affinity.
-        max_policy_tokens: Calls with more tokens route exactly.
+        max_policy_tokens: Calls with more tokens route exactly, and count as prefill.
+        verify: Compare the checksum of an expert's weights with the stored one at every use. Slow.
         timers: Measure route latency and, on CUDA, stalls.
+        timeout_s: Bound of every wait for a copy, in seconds.
+        link_gbps: On the CPU, simulate a link of so many 10^9 bytes per second.
 
     Returns:
         The handle: metrics, policy, detach.
@@ -205,6 +338,7 @@ def attach(
         TypeError: An argument of the wrong type.
         ValueError: No MoE layer, an unknown family, or an argument outside its bounds.
         RuntimeError: Already attached.
+        MemoryError: The slots do not fit on the device; the model is as it was.
 
     Example:
         >>> moe = moe_gpu.attach(model, slots=4)
@@ -212,6 +346,7 @@ def attach(
         >>> moe.metrics().hit_rate
         >>> moe.detach()
     """
+    options = {name: value for name, value in locals().items() if name not in ("model", "device")}
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {model!r}")
     blocks = find_blocks(model)
@@ -221,47 +356,74 @@ def attach(
         raise RuntimeError("model is already attached: detach() it first")
     layout, num_experts = common_layout(blocks)
     own_device = _only_device(model)
+    options = Options(**options)
+    needs = None
+    if options.gpu_memory is not None:
+        needs = memory_needs(model, blocks, layout, context_tokens, options.most_staging)
+    top_k = blocks[0].router.top_k
+    choice = options.choose_slots(len(blocks), num_experts, top_k, needs)
+    kept = None if residency is None else Residency.load(residency, len(blocks), num_experts)
 
-    given = {"slots": slots, "resident": resident, "gpu_memory": gpu_memory}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of slots, resident and gpu_memory, got {given}")
-    if resident is not None:
-        slots = slots_of_share(resident, num_experts)
-    elif gpu_memory is not None:
-        needs = memory_needs(model, blocks, layout, context_tokens)
-        slots = needs.slots_within(parse_bytes("gpu_memory", gpu_memory), num_experts)
-    check_slots(slots, num_experts)
-    eviction = eviction_policy(eviction)
-    device = own_device if device is None else torch.device(device)
-
+    device = torch.device(own_device if device is None else device)
+    total = len(blocks) * num_experts * layout.expert_bytes
+    pinned = None
+    if options.pinned_memory is not None:
+        pinned = parse_bytes("pinned_memory", options.pinned_memory, minimum=0)
+    pinned, _ = host_budget(
+        total, pinned, total, cuda=device.type == "cuda", available=_memory_for(model, total)
+    )
+    tiers_LE = place(
+        len(blocks), num_experts, layout.expert_bytes, pinned, total, on_disk=False,
+        heat=None if kept is None else kept.heat(),
+    )  # fmt: skip
     # tensors made in inference mode could not be written outside it
     with torch.inference_mode(False), torch.no_grad():
-        state = RouterState(len(blocks), num_experts, device=device)
-        gates = [
-            MoEGate(
-                num_experts=num_experts,
-                top_k=block.router.top_k,
-                policy=policy,
-                renormalize=block.family.renormalize(block.router),
-                decay=decay,
-                boost=boost,
-                max_score=max_score,
-                affinity_from=affinity_from,
-                max_policy_tokens=max_policy_tokens,
-                state=state,
-                layer=layer,
-                timers=timers,
-            )
-            for layer, block in enumerate(blocks)
-        ]
-        device = state.slot_of_LE.device  # "cuda" has an index now
-        store = HostStore(layout, len(blocks), num_experts, device)
-        moe = AttachedMoE(model, blocks, gates, store, own_device)
-        moe._attach(slots, eviction, timers)
-    if slots < gates[0].top_k:
-        warn_few_slots(slots, gates[0].top_k)
+        gates = make_gates(blocks, num_experts, options, device)
+        store = ExpertStore(
+            layout, len(blocks), num_experts, gates[0].state.slot_of_LE.device, tiers_LE=tiers_LE
+        )
+        moe = AttachedMoE(model, blocks, gates, ExpertWeights(model, blocks, store), own_device)
+        moe._attach(choice, options, kept)
+    warn_of_few_slots(choice, len(blocks), top_k)
     return moe
+
+
+def make_gates(
+    blocks: list[MoEBlock], num_experts: int, options: Options, device: torch.device
+) -> list[MoEGate]:
+    """Return a gate per block, all with one new state on the device."""
+    state = RouterState(len(blocks), num_experts, device=device)
+    return [
+        MoEGate(
+            num_experts=num_experts,
+            top_k=block.router.top_k,
+            policy=options.policy,
+            renormalize=block.family.renormalize(block.router),
+            decay=options.decay,
+            boost=options.boost,
+            max_score=options.max_score,
+            affinity_from=options.affinity_from,
+            max_policy_tokens=options.max_policy_tokens,
+            state=state,
+            layer=layer,
+            timers=options.timers,
+        )
+        for layer, block in enumerate(blocks)
+    ]
+
+
+def warn_of_few_slots(choice: SlotChoice, num_layers: int, top_k: int) -> None:
+    """Warn the caller's caller where a token alone needs more experts than there are slots."""
+    per_layer = choice.slots / num_layers if choice.pool else choice.slots
+    if per_layer < top_k:
+        warn_few_slots(per_layer, top_k, stacklevel=4)
+
+
+def _memory_for(model: nn.Module, expert_bytes: int) -> int | None:
+    """Return the host memory that experts can take: weights that are there already may stay."""
+    free = available_memory()
+    on_host = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return free if free is None or not on_host else free + expert_bytes
 
 
 def _only_device(model: nn.Module) -> torch.device:

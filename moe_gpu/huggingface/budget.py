@@ -3,6 +3,8 @@
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import NoReturn
 
 from ..offload import ExpertLayout
 from ..offload.slots import check_slots
@@ -12,26 +14,58 @@ _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS |= {f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
 
+STAGING_SLOTS = 2  # one is computed from while the next is filled; untuned
 
-def parse_bytes(name: str, amount: int | str) -> int:
+
+def parse_bytes(name: str, amount: int | str, minimum: int = 1) -> int:
     """Return a number of bytes from an int or from text such as ``"20GiB"`` or ``"512 MB"``.
+
+    Args:
+        name: Of the argument, for the refusal.
+        amount: The number or the text. ``"0"`` needs no unit.
+        minimum: Least amount accepted.
 
     Raises:
         TypeError: Neither an int nor text.
-        ValueError: Text that is not a number and a unit, or an amount below 1.
+        ValueError: Text that is not a number and a unit, or an amount below the minimum.
     """
-    if isinstance(amount, str):
+    if isinstance(amount, str) and amount.strip() == "0":
+        num_bytes = 0
+    elif isinstance(amount, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", amount)
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f'{name} must be bytes or text such as "20GiB", got {amount!r}')
-        num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+        num_bytes = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     elif isinstance(amount, int) and not isinstance(amount, bool):
         num_bytes = amount
     else:
         raise TypeError(f'{name} must be an int or text such as "20GiB", got {amount!r}')
-    if num_bytes < 1:
-        raise ValueError(f"{name} must be >= 1 byte, got {amount!r}")
+    if num_bytes < minimum:
+        raise ValueError(f"{name} must be >= {minimum} bytes, got {amount!r}")
     return num_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotBudget:
+    """The slots that fit into a budget.
+
+    Attributes:
+        total: Slots in all, staging slots not counted.
+        layers: MoE layers that they serve.
+        pool: One pool over all layers, because fewer than two tokens' experts fit per layer; else
+            every layer has as many of its own.
+        staging: Bytes of the staging slots; 0 where every expert has a slot.
+    """
+
+    total: int
+    layers: int
+    pool: bool
+    staging: int
+
+    @property
+    def per_layer(self) -> int:
+        """Return the slots of each layer; of a pool, its share rounded down."""
+        return self.total // self.layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +79,8 @@ class MemoryNeeds:
             estimate, untuned.
         slot: One slot in every MoE layer.
         context_tokens: What ``kv_cache`` and ``workspace`` are counted for.
+        staging: Slots that experts pass through without displacing others.
+        layers: MoE layers.
     """
 
     dense: int
@@ -52,6 +88,18 @@ class MemoryNeeds:
     workspace: int
     slot: int
     context_tokens: int
+    staging: int = 0
+    layers: int = 1
+
+    @property
+    def expert(self) -> int:
+        """Return the bytes of one slot."""
+        return self.slot // self.layers
+
+    @property
+    def beside_slots(self) -> int:
+        """Return what is needed apart from slots and staging slots."""
+        return self.dense + self.kv_cache + self.workspace
 
     def slots_within(self, gpu_memory: int, num_experts: int) -> int:
         """Return the slots per layer, at most E, that fit into a budget.
@@ -59,27 +107,62 @@ class MemoryNeeds:
         Raises:
             ValueError: Not even one fits; states each part.
         """
-        left = gpu_memory - self.dense - self.kv_cache - self.workspace
+        left = gpu_memory - self.beside_slots
+        if left >= num_experts * self.slot:  # nothing ever passes through a staging slot
+            return num_experts
+        left -= self.staging
         if left < self.slot:
-            raise ValueError(
-                f"gpu_memory={gpu_memory:,} bytes is too small: dense weights take "
-                f"{self.dense:,}, the KV cache of {self.context_tokens:,} tokens "
-                f"{self.kv_cache:,}, workspace {self.workspace:,}, and one expert slot in every "
-                f"layer {self.slot:,}: {gpu_memory - left + self.slot:,} in all"
-            )
-        return min(num_experts, left // self.slot)
+            self._refuse(gpu_memory, "one expert slot in every layer", self.slot)
+        return left // self.slot
+
+    def split(self, gpu_memory: int, num_experts: int, top_k: int) -> SlotBudget:
+        """Return the slots that fit, a pool over layers where fewer than 2K per layer do.
+
+        Args:
+            gpu_memory: Bytes for all of: dense weights, KV cache, workspace, staging slots, slots.
+            num_experts: Experts per layer E.
+            top_k: Experts per token K.
+
+        Raises:
+            ValueError: Not even one slot fits; states each part.
+        """
+        left = gpu_memory - self.beside_slots
+        if left >= num_experts * self.slot:
+            total = num_experts * self.layers
+            return SlotBudget(total=total, layers=self.layers, pool=False, staging=0)
+        left -= self.staging
+        if left < self.expert:
+            self._refuse(gpu_memory, "one expert slot", self.expert)
+        total, pool = left // self.expert, True
+        if total // self.layers >= 2 * top_k:
+            total, pool = total // self.layers * self.layers, False
+        return SlotBudget(total=total, layers=self.layers, pool=pool, staging=self.staging)
+
+    def _refuse(self, gpu_memory: int, what: str, size: int) -> NoReturn:
+        staging = f"staging slots {self.staging:,}, " if self.staging else ""
+        raise ValueError(
+            f"gpu_memory={gpu_memory:,} bytes is too small: dense weights take {self.dense:,}, "
+            f"the KV cache of {self.context_tokens:,} tokens {self.kv_cache:,}, workspace "
+            f"{self.workspace:,}, {staging}and {what} {size:,}: "
+            f"{self.beside_slots + self.staging + size:,} in all"
+        )
 
 
 def memory_needs(
-    model, blocks: list[MoEBlock], layout: ExpertLayout, context_tokens: int
+    model,
+    blocks: list[MoEBlock],
+    layout: ExpertLayout,
+    context_tokens: int,
+    staging_slots: int = 0,
 ) -> MemoryNeeds:
     """Count what a transformers model needs on the device beside its expert slots.
 
     Args:
-        model: A ``PreTrainedModel``, not attached.
+        model: A ``PreTrainedModel``, not attached; its weights may be on the meta device.
         blocks: Its MoE blocks.
         layout: Of their experts: gate_up_proj ``(2F, D)`` and down_proj ``(D, F)``.
         context_tokens: Length of the one sequence to make room for, ``>= 1``.
+        staging_slots: Device slots beside the ones that keep experts.
     """
     if not isinstance(context_tokens, int) or isinstance(context_tokens, bool):
         raise TypeError(f"context_tokens must be an int, got {context_tokens!r}")
@@ -107,6 +190,8 @@ def memory_needs(
         workspace=workspace,
         slot=len(blocks) * layout.expert_bytes,
         context_tokens=context_tokens,
+        staging=staging_slots * layout.expert_bytes,
+        layers=len(blocks),
     )
 
 

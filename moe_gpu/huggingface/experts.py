@@ -10,6 +10,7 @@ attached, and unregistering while another model is attached would break that one
 Shape suffixes: T tokens, K experts per token, N = T * K pairs, D model width.
 """
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -42,14 +43,21 @@ class ExpertsLayer(NotCopyable):
     """What an attached experts module knows about its offloader.
 
     Attributes:
-        weights_S: ``(gate_up_proj, down_proj)`` of each slot: what indexing the module's
-            parameters would give, without paying for it at every use.
+        weights_S: ``(gate_up_proj, down_proj)`` of each slot that a turn can name, staging slots
+            last: made once, since indexing costs at every use.
+        routed_by: Thread of the last route call, until its experts have run.
+        computing: Thread that runs the experts now.
     """
 
-    def __init__(self, offloader: ExpertOffloader, layer: int):
+    def __init__(self, offloader: ExpertOffloader, layer: int, max_policy_tokens: int):
         self.offloader, self.layer = offloader, layer
-        views = offloader.views_L[layer]
-        self.weights_S = list(zip(views["gate_up_proj"], views["down_proj"], strict=True))
+        self.max_policy_tokens = max_policy_tokens
+        self.weights_S = [
+            (weights["gate_up_proj"], weights["down_proj"])
+            for weights in offloader.weights_of(layer)
+        ]
+        self.routed_by: int | None = None
+        self.computing: int | None = None
 
 
 def experts_forward(
@@ -95,18 +103,31 @@ def _mix(hidden_states, weights_TK, ids_TK, module, attached):
     (T, D), K, layer = hidden_states.shape, ids_TK.shape[1], attached.layer
     if T == 0:
         return torch.empty_like(hidden_states)
-    with profiler_range("moe_gpu::experts"):
+    with profiler_range("moe_gpu::experts"), attached.offloader.lock:
+        if attached.routed_by not in (None, threading.get_ident()):
+            raise RuntimeError(
+                f"layer {layer}: another thread routed while this one was about to compute its "
+                "experts; call the model itself, whose calls wait for each other"
+            )
+        attached.routed_by = None
         attached.offloader.request(layer)
         # queued behind the request: the device sorts while the host waits and plans
         order_N = ids_TK.reshape(-1).argsort(stable=True)
         x_ND = hidden_states if T == 1 else hidden_states[order_N // K]  # T = 1: all pairs share it
 
         outputs, computed = {}, 0
-        for expert, slot, start, stop in attached.offloader.step(layer, T * K):
-            gate_up, down = attached.weights_S[slot]
-            x = x_ND if T == 1 else x_ND[start:stop]
-            outputs[expert] = F.linear(module._apply_gate(F.linear(x, gate_up)), down)
-            computed += stop - start
+        is_prefill = T > attached.max_policy_tokens
+        attached.computing = threading.get_ident()
+        try:
+            for expert, slot, start, stop in attached.offloader.step(
+                layer, T * K, is_prefill=is_prefill
+            ):
+                gate_up, down = attached.weights_S[slot]
+                x = x_ND if T == 1 else x_ND[start:stop]
+                outputs[expert] = F.linear(module._apply_gate(F.linear(x, gate_up)), down)
+                computed += stop - start
+        finally:
+            attached.computing = None
         if computed != T * K:  # another step of this layer closed ours
             raise RuntimeError(f"layer {layer}: two forwards of one attached model overlapped")
 

@@ -1,13 +1,14 @@
 """The router of an attached layer: the gate behind the router's own ``forward``."""
 
 import functools
+import threading
 
 import torch
 from torch import nn
 
 from ..gate import MoEGate
 from ..ranges import profiler_range
-from .experts import NAME, NotCopyable
+from .experts import NAME, ExpertsLayer, NotCopyable
 from .families import MoEBlock
 
 
@@ -21,22 +22,49 @@ class RoutedForward(NotCopyable):
     Args:
         block: Router and experts of the layer.
         gate: Routes the logits.
+        layer: What the experts know about their offloader.
         slots: The parameters of the experts, by name, as attached: views of the device slots.
+        following: The next layer's block, whose router is a predictor; None for the last.
     """
 
-    def __init__(self, block: MoEBlock, gate: MoEGate, slots: dict[str, torch.Tensor]):
+    def __init__(
+        self,
+        block: MoEBlock,
+        gate: MoEGate,
+        layer: ExpertsLayer,
+        slots: dict[str, torch.Tensor],
+        following: MoEBlock | None,
+    ):
         functools.update_wrapper(self, block.router.forward)  # the signature
-        self._block, self._gate = block, gate
+        self._block, self._gate, self._layer, self._following = block, gate, layer, following
         self._addresses = [(name, slot.data_ptr()) for name, slot in slots.items()]
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs):
         """Return ``(router_logits, weights, ids)`` for hidden states ``(..., D)``."""
         router = self._block.router
         self._check(router, self._block.experts)
-        with profiler_range("moe_gpu::route"):
+        offloader = self._layer.offloader
+        with profiler_range("moe_gpu::route"), offloader.lock:
+            offloader.before_route(self._layer.layer)
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
             logits_TE = self._block.family.logits(router, hidden_TD)
-            return tuple(self._gate.route(logits_TE))
+            routing = tuple(self._gate.route(logits_TE))
+            self._layer.routed_by = threading.get_ident()
+            self._predict(hidden_TD)
+            return routing
+
+    def _predict(self, hidden_TD: torch.Tensor) -> None:
+        """Apply the next layer's router to this layer's hidden states."""
+        offloader, ahead = self._layer.offloader, self._layer.layer + 1
+        if (
+            self._following is None
+            or not offloader.wants_prediction(ahead)
+            or not 0 < len(hidden_TD) <= self._layer.max_policy_tokens
+        ):
+            return
+        with torch.no_grad():
+            logits_TE = self._following.family.logits(self._following.router, hidden_TD)
+            offloader.predict(ahead, logits_TE.topk(self._gate.top_k, dim=-1).indices)
 
     def _check(self, router: nn.Module, experts: nn.Module) -> None:
         if router.training and torch.is_grad_enabled():

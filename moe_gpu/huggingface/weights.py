@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..offload import ExpertLayout, HostStore
-from ..offload.store import copy_each
+from ..offload import ExpertLayout, ExpertStore
 from .families import MoEBlock
 
 
@@ -19,8 +18,12 @@ def expert_parameters(block: MoEBlock) -> dict[str, nn.Parameter]:
     return dict(block.experts.named_parameters())
 
 
-def common_layout(blocks: list[MoEBlock]) -> tuple[ExpertLayout, int]:
+def common_layout(blocks: list[MoEBlock], on_meta: bool = False) -> tuple[ExpertLayout, int]:
     """Return the layout of an expert and the experts per layer, the same for every block.
+
+    Args:
+        blocks: MoE blocks of one model.
+        on_meta: Whether the weights are to be loaded yet.
 
     Raises:
         ValueError: Weights that are not all of one layout, not floating point, not loaded
@@ -31,7 +34,7 @@ def common_layout(blocks: list[MoEBlock]) -> tuple[ExpertLayout, int]:
         parameters = expert_parameters(block)
         for name, parameter in parameters.items():
             where = f"{block.name}.experts.{name}"
-            if parameter.is_meta:
+            if parameter.is_meta and not on_meta:
                 raise ValueError(f"{where} is on device meta: load the weights first")
             if not parameter.is_floating_point():
                 raise ValueError(f"{where} must be floating point, got {parameter.dtype}")
@@ -53,20 +56,37 @@ def common_layout(blocks: list[MoEBlock]) -> tuple[ExpertLayout, int]:
 class ExpertWeights:
     """The expert weights of a model while they are in a store.
 
+    Attributes:
+        store: Where the weights are.
+        loaded: They came from files, not out of the model: giving them back needs new memory.
+
     Args:
         model: The model; its state-dict hooks are set here.
         blocks: Its MoE blocks, layer by layer.
-        store: Where the weights go.
+        store: Where the weights go, or where they are.
+        loaded: See above; the model's expert parameters are on the meta device then.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[MoEBlock], store: HostStore):
-        self.store = store
+    def __init__(
+        self, model: nn.Module, blocks: list[MoEBlock], store: ExpertStore, loaded: bool = False
+    ):
+        self.store, self.loaded = store, loaded
         self._model, self._blocks = model, blocks
         self._taken: list[dict[str, tuple[torch.device, bool]]] = []
         self._hooks = []
 
     def take(self) -> None:
         """Move the weights into the store, layer by layer: one layer exists twice at a time."""
+        if self.loaded:
+            for block in self._blocks:
+                for name, parameter in expert_parameters(block).items():
+                    # data on the meta device cannot be exchanged
+                    empty = torch.empty(0, dtype=parameter.dtype)
+                    block.experts._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                self._taken.append(
+                    {n: (torch.device("cpu"), False) for n in block.experts._parameters}
+                )
+            return
         for layer, block in enumerate(self._blocks):
             parameters = expert_parameters(block)
             self.store.put(layer, {name: p.detach() for name, p in parameters.items()})
@@ -94,21 +114,34 @@ class ExpertWeights:
             layer = len(self._taken) - 1
             for name, parameter in expert_parameters(self._blocks[layer]).items():
                 device, requires_grad = self._taken[layer][name]
-                stored = self.store.parameter(layer, name)
-                full = torch.empty(stored.shape, dtype=stored.dtype, device=device)
-                copy_each(full, stored)
-                parameter.data = full
+                dtype, shape, _ = self.store.layout.fields[name]
+                full = torch.empty(self.store.num_experts, *shape, dtype=dtype, device=device)
+                parameter.data = self.store.parameter(layer, name, out=full)
                 parameter.requires_grad_(requires_grad)
             self.store.drop(layer)
             self._taken.pop()
+        self._remove_hooks()
+
+    def give_up(self) -> None:
+        """Free the weights; the parameters end up empty on the meta device."""
+        fields = self.store.layout.fields
+        for block in self._blocks:
+            for name in expert_parameters(block):
+                dtype, shape, _ = fields[name]
+                full = torch.empty(self.store.num_experts, *shape, dtype=dtype, device="meta")
+                block.experts._parameters[name] = nn.Parameter(full, requires_grad=False)
+        self._taken.clear()
+        self.store.close()
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def _full_weights(self, layer: int) -> Callable:
         def put_full_weights(module, state_dict, prefix, local_metadata):
             for name in self.store.layout.fields:
-                full = self.store.parameter(layer, name)
-                state_dict[prefix + name] = full.clone(memory_format=torch.contiguous_format)
+                state_dict[prefix + name] = self.store.parameter(layer, name)
 
         return put_full_weights
 

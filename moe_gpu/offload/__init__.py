@@ -1,16 +1,20 @@
 """Moves expert weights: decisions in plain Python, copies in :mod:`moe_gpu.offload.transfer`."""
 
-from .eviction import LRU, Affinity, EvictionPolicy
-from .offloader import ExpertOffloader, ExpertTurn, OffloadMetrics
-from .store import ExpertLayout, HostStore
+from .eviction import LFU, LRU, Affinity, AffinityOverAge, EvictionPolicy
+from .layout import ExpertLayout
+from .offloader import ExpertOffloader, ExpertTurn
+from .store import ExpertStore
+from .tiers import Tier
 
 __all__ = [
+    "LFU",
     "LRU",
     "Affinity",
+    "AffinityOverAge",
     "EvictionPolicy",
     "ExpertLayout",
     "ExpertOffloader",
+    "ExpertStore",
     "ExpertTurn",
-    "HostStore",
-    "OffloadMetrics",
+    "Tier",
 ]

@@ -1,45 +1,103 @@
 """Who leaves when a slot is needed: replaceable victim policies in plain Python.
 
-A policy ranks; who may be evicted at all (no lease, not needed by the step) is decided in
-:mod:`moe_gpu.offload.plan`.
+A policy ranks; who may be evicted at all (no lease, not needed by the step) and whether a
+newcomer may stay is decided in :mod:`moe_gpu.offload.plan`. Ties always go the same way: the key
+that is needed later (in a pool, of the layer that runs last), then the lower key.
 """
 
 from collections.abc import Sequence
+from math import sqrt
 from typing import Protocol
+
+from .history import History
 
 
 class EvictionPolicy(Protocol):
     """Orders experts by how readily they give up their slot."""
 
-    def rank(
-        self, experts: Sequence[int], last_use_E: Sequence[int], affinity_E: Sequence[float]
-    ) -> list[int]:
-        """Return ``experts``, the one to evict first in front; the same input, the same order.
+    def rank(self, keys: Sequence[int], history: History) -> list[int]:
+        """Return ``keys``, the one to evict first in front; the same input, the same order.
 
         Args:
-            experts: Resident experts that may be evicted.
-            last_use_E: Step that last needed each expert of the layer; larger is more recent.
-            affinity_E: Affinity of each expert of the layer after the current step.
+            keys: Experts that may be evicted, see :mod:`moe_gpu.offload.history`.
+            history: Their use, the current step included.
         """
 
 
 class LRU:
-    """Least recently used first, lower id among those of one step."""
+    """Least recently used first."""
 
-    def rank(self, experts, last_use_E, affinity_E):
-        """Order by the step that last needed the expert; see :class:`EvictionPolicy`."""
-        return sorted(experts, key=lambda expert: (last_use_E[expert], expert))
+    def rank(self, keys, history):
+        """Order by the age of the last use; see :class:`EvictionPolicy`."""
+        return sorted(keys, key=lambda key: (-history.age(key), -history.wait(key), key))
+
+
+class LFU:
+    """Least frequently used first, over all steps so far; among equals the least recent."""
+
+    def rank(self, keys, history):
+        """Order by the number of steps that needed the expert; see :class:`EvictionPolicy`."""
+        return sorted(
+            keys,
+            key=lambda key: (history.uses(key), -history.age(key), -history.wait(key), key),
+        )
 
 
 class Affinity:
-    """Lowest affinity first; ties by least recently used, then lower id."""
+    """Lowest affinity first; among equals the least recent."""
 
-    def rank(self, experts, last_use_E, affinity_E):
+    def rank(self, keys, history):
         """Order by decayed activation history; see :class:`EvictionPolicy`."""
-        return sorted(experts, key=lambda expert: (affinity_E[expert], last_use_E[expert], expert))
+        affinity = history.affinity
+        return sorted(
+            keys, key=lambda key: (affinity[key], -history.age(key), -history.wait(key), key)
+        )
 
 
-POLICIES = {"affinity": Affinity, "lru": LRU}
+class AffinityOverAge:
+    """Lowest ``affinity / (age + 1)`` first: frequency with recency.
+
+    Source:
+        The ratio of frequency to age of LFRU caches, with a decayed frequency.
+    """
+
+    def rank(self, keys, history):
+        """Order by affinity over age; see :class:`EvictionPolicy`."""
+        affinity = history.affinity
+
+        def order(key):
+            age = history.age(key)
+            return affinity[key] / (age + 1), -age, -history.wait(key), key
+
+        return sorted(keys, key=order)
+
+
+class AffinityOverRootAge:
+    """Lowest ``affinity / sqrt(age + 1)`` first: half way between affinity and the ratio.
+
+    Source:
+        ``profiling/results/eviction.md``: nearly the gain of affinity where experts are popular,
+        and little of its loss where demand comes in bursts.
+    """
+
+    def rank(self, keys, history):
+        """Order by affinity over the root of the age; see :class:`EvictionPolicy`."""
+        affinity = history.affinity
+
+        def order(key):
+            age = history.age(key)
+            return affinity[key] / sqrt(age + 1), -age, -history.wait(key), key
+
+        return sorted(keys, key=order)
+
+
+POLICIES = {
+    "affinity": Affinity,
+    "affinity_over_age": AffinityOverAge,
+    "affinity_over_root_age": AffinityOverRootAge,
+    "lfu": LFU,
+    "lru": LRU,
+}
 
 
 def eviction_policy(eviction: str | EvictionPolicy) -> EvictionPolicy:

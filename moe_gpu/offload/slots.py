@@ -1,6 +1,9 @@
-"""Who is in which slot: bookkeeping of one layer's device slots, without tensors or streams.
+"""Who is in which slot: bookkeeping of device slots, without tensors or streams.
 
-Shape suffixes: E experts, S slots.
+A table covers the slots of one layer, or one pool of slots for all layers. What it calls a *key*
+is an expert, see :mod:`moe_gpu.offload.history`.
+
+Shape suffixes: X keys, S slots.
 """
 
 import warnings
@@ -10,95 +13,96 @@ NONE = -1  # no expert in this slot, or no slot for this expert
 
 
 class SlotTable:
-    """Experts and slots of one layer, leases on slots, and when each expert was last needed.
+    """Keys and slots, leases on slots, and who is on probation.
 
-    A lease is held while compute that reads the slot is planned or queued; a leased expert is
-    never evicted. Verbs that would break an invariant raise ``RuntimeError`` and change nothing.
+    A lease is held while a copy into the slot is under way, and while compute that reads it is
+    planned or queued; a leased key is never evicted. Verbs that would break an invariant raise
+    ``RuntimeError`` and change nothing.
 
     Attributes:
-        slot_of_E: Slot of each expert, ``NONE`` if it is not resident.
-        expert_in_S: Expert in each slot, ``NONE`` if the slot is free.
+        slot_of_X: Slot of each key, ``NONE`` if it has none.
+        key_in_S: Key in each slot, ``NONE`` if the slot is free.
         leases_S: Leases held on each slot.
-        last_use_E: Number of the step that last needed each expert, 0 if none did.
+        probation: Resident keys that were prefetched and not used yet.
 
     Args:
-        num_experts: E, ``>= 1``.
-        num_slots: S, ``1 <= S <= E``.
+        num_keys: X, ``>= 1``.
+        num_slots: S, ``1 <= S <= X``.
     """
 
-    def __init__(self, num_experts: int, num_slots: int):
-        self.slot_of_E = [NONE] * num_experts
-        self.expert_in_S = [NONE] * num_slots
+    def __init__(self, num_keys: int, num_slots: int):
+        self.slot_of_X = [NONE] * num_keys
+        self.key_in_S = [NONE] * num_slots
         self.leases_S = [0] * num_slots
-        self.last_use_E = [0] * num_experts
-        self._step = 0
+        self.probation: set[int] = set()
 
     def residents(self) -> list[int]:
-        """Return the resident experts, ascending."""
-        return [expert for expert, slot in enumerate(self.slot_of_E) if slot != NONE]
+        """Return the resident keys, ascending."""
+        return sorted(key for key in self.key_in_S if key != NONE)
 
     def free_slots(self) -> list[int]:
-        """Return the slots without an expert, ascending."""
-        return [slot for slot, expert in enumerate(self.expert_in_S) if expert == NONE]
+        """Return the slots without a key, ascending."""
+        return [slot for slot, key in enumerate(self.key_in_S) if key == NONE]
 
-    def is_resident(self, expert: int) -> bool:
-        """Whether the expert has a slot."""
-        return self.slot_of_E[expert] != NONE
+    def is_resident(self, key: int) -> bool:
+        """Whether the key has a slot."""
+        return self.slot_of_X[key] != NONE
 
-    def touch(self, experts: Iterable[int]) -> None:
-        """Note that a new step needs these experts, resident or not."""
-        self._step += 1
-        for expert in experts:
-            self.last_use_E[expert] = self._step
+    def can_load(self, key: int, slot: int) -> bool:
+        """Whether the slot is free and the key has none."""
+        return self.key_in_S[slot] == NONE and self.slot_of_X[key] == NONE
 
-    def can_load(self, expert: int, slot: int) -> bool:
-        """Whether the slot is free and the expert has none."""
-        return self.expert_in_S[slot] == NONE and self.slot_of_E[expert] == NONE
-
-    def load(self, expert: int, slot: int) -> None:
-        """Put a missing expert into a free slot."""
-        if not self.can_load(expert, slot):
+    def load(self, key: int, slot: int) -> None:
+        """Put a missing key into a free slot."""
+        if not self.can_load(key, slot):
             raise RuntimeError(
-                f"cannot load expert {expert} into slot {slot}: the slot holds expert "
-                f"{self.expert_in_S[slot]}, the expert is in slot {self.slot_of_E[expert]}"
+                f"cannot load key {key} into slot {slot}: the slot holds key "
+                f"{self.key_in_S[slot]}, the key is in slot {self.slot_of_X[key]}"
             )
-        self.slot_of_E[expert], self.expert_in_S[slot] = slot, expert
+        self.slot_of_X[key], self.key_in_S[slot] = slot, key
 
-    def can_evict(self, expert: int) -> bool:
-        """Whether the expert is resident and nothing that is queued reads it."""
-        slot = self.slot_of_E[expert]
+    def can_evict(self, key: int) -> bool:
+        """Whether the key is resident and nothing that is queued reads or writes its slot."""
+        slot = self.slot_of_X[key]
         return slot != NONE and not self.leases_S[slot]
 
-    def evict(self, expert: int) -> int:
-        """Free the expert's slot and return it."""
-        if not self.can_evict(expert):
-            raise RuntimeError(f"cannot evict expert {expert}: it is leased or not resident")
-        slot = self.slot_of_E[expert]
-        self.slot_of_E[expert], self.expert_in_S[slot] = NONE, NONE
+    def evictable(self, keep: Iterable[int] = ()) -> list[int]:
+        """Return the keys that may be evicted, ascending, but none of ``keep``."""
+        keep = set(keep)
+        return [key for key in self.residents() if key not in keep and self.can_evict(key)]
+
+    def evict(self, key: int) -> int:
+        """Free the key's slot and return it."""
+        if not self.can_evict(key):
+            raise RuntimeError(f"cannot evict key {key}: it is leased or not resident")
+        slot = self.slot_of_X[key]
+        self.slot_of_X[key], self.key_in_S[slot] = NONE, NONE
+        self.probation.discard(key)
         return slot
 
-    def lease(self, expert: int) -> None:
-        """Keep a resident expert where it is until :meth:`release`."""
-        slot = self.slot_of_E[expert]
+    def lease(self, key: int) -> None:
+        """Keep a resident key where it is until :meth:`release`."""
+        slot = self.slot_of_X[key]
         if slot == NONE:
-            raise RuntimeError(f"cannot lease expert {expert}: it is not resident")
+            raise RuntimeError(f"cannot lease key {key}: it is not resident")
         self.leases_S[slot] += 1
 
-    def release(self, expert: int) -> None:
+    def release(self, key: int) -> None:
         """Give one lease back."""
-        slot = self.slot_of_E[expert]
+        slot = self.slot_of_X[key]
         if slot == NONE or not self.leases_S[slot]:
-            raise RuntimeError(f"cannot release expert {expert}: it holds no lease")
+            raise RuntimeError(f"cannot release key {key}: it holds no lease")
         self.leases_S[slot] -= 1
 
     def check(self) -> None:
         """Raise ``AssertionError`` where the two directions or the leases disagree."""
-        for expert, slot in enumerate(self.slot_of_E):
-            assert slot == NONE or self.expert_in_S[slot] == expert, f"expert {expert}"
-        for slot, expert in enumerate(self.expert_in_S):
-            assert expert == NONE or self.slot_of_E[expert] == slot, f"slot {slot}"
+        for key, slot in enumerate(self.slot_of_X):
+            assert slot == NONE or self.key_in_S[slot] == key, f"key {key}"
+        for slot, key in enumerate(self.key_in_S):
+            assert key == NONE or self.slot_of_X[key] == slot, f"slot {slot}"
             assert self.leases_S[slot] >= 0, f"slot {slot}"
-            assert expert != NONE or not self.leases_S[slot], f"free slot {slot} is leased"
+            assert key != NONE or not self.leases_S[slot], f"free slot {slot} is leased"
+        assert all(self.is_resident(key) for key in self.probation), "probation without a slot"
 
 
 def check_slots(slots: int, num_experts: int, name: str = "slots") -> None:
@@ -111,11 +115,11 @@ def check_slots(slots: int, num_experts: int, name: str = "slots") -> None:
         )
 
 
-def warn_few_slots(slots: int, top_k: int) -> None:
-    """Warn the caller's caller that one token alone needs several waves in every layer."""
+def warn_few_slots(slots: float, top_k: int, stacklevel: int = 3) -> None:
+    """Warn the caller's caller that one token alone needs more experts than there are slots."""
     warnings.warn(
-        f"{slots} slots per layer are fewer than the {top_k} experts of one token: every token "
+        f"{slots:g} slots per layer are fewer than the {top_k} experts of one token: every token "
         "loads experts in every layer, in several waves",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )

@@ -1,81 +1,51 @@
-"""The home of expert weights in host memory.
+"""The home of every expert's weights: page-locked memory, pageable memory, or files on disk.
 
-An expert is one contiguous run of bytes, so that one copy moves it and packed formats can follow;
-only :class:`ExpertLayout` knows what is inside.
-
-Shape suffixes: E experts, N a number of experts or slots, B bytes of one expert.
+Shape suffixes: L layers, E experts, N a number of experts, B bytes of one expert.
 """
 
-import math
 import warnings
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
-ALIGNMENT = 256  # bytes; what vector loads and copy engines like, and a multiple of every itemsize
+from . import pinning
+from .layout import ExpertLayout, checksum
+from .tiers import Tier
 
 
-class Field(NamedTuple):
-    """One parameter of one expert."""
+class ExpertFiles(Protocol):
+    """Experts in files, as the store reads them (:class:`moe_gpu.offload.disk.DiskExperts`)."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]  # without the expert dimension
-    offset: int  # bytes from the start of the expert
+    def read_into(self, layer: int, expert: int, start: int, stop: int, out: torch.Tensor) -> None:
+        """Fill uint8 ``out`` with bytes ``[start, stop)`` of an expert."""
 
+    def read_ahead(self, layer: int, expert: int) -> None:
+        """Ask the system to read an expert's bytes soon."""
 
-@dataclass(frozen=True)
-class ExpertLayout:
-    """Where each parameter of an expert lies in its run of bytes.
-
-    Attributes:
-        fields: Parameters by name, in order of their offset.
-        expert_bytes: Length of the run, B; a multiple of ``ALIGNMENT``.
-    """
-
-    fields: dict[str, Field]
-    expert_bytes: int
-
-    @classmethod
-    def of(cls, parameters: Mapping[str, torch.Tensor]) -> "ExpertLayout":
-        """Lay out parameters of shape ``(E, ...)``; only dtypes and shapes are read."""
-        fields, offset = {}, 0
-        for name, parameter in parameters.items():
-            shape = tuple(parameter.shape[1:])
-            fields[name] = Field(parameter.dtype, shape, offset)
-            size = math.prod(shape) * parameter.dtype.itemsize
-            offset += -(-size // ALIGNMENT) * ALIGNMENT
-        return cls(fields, offset)
-
-    def views(self, memory_NB: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return typed views ``(N, *shape)`` of N experts in uint8 memory ``(N, B)``."""
-        return {name: self.view(memory_NB, name) for name in self.fields}
-
-    def view(self, memory_NB: torch.Tensor, name: str) -> torch.Tensor:
-        """Return one parameter of N experts as a strided view ``(N, *shape)``."""
-        dtype, shape, offset = self.fields[name]
-        first, size = offset // dtype.itemsize, math.prod(shape)
-        return memory_NB.view(dtype)[:, first : first + size].view(-1, *shape)
+    def drop_cache(self, layer: int, expert: int) -> None:
+        """Tell the system that an expert's bytes will not be read again."""
 
 
-class HostStore:
-    """Expert weights of all layers in host memory, page-locked where the device is CUDA.
+class ExpertStore:
+    """Expert weights of all layers, each expert in its home tier.
 
-    Owns the bytes. Layers are filled by :meth:`put` and given up by :meth:`drop`, one by one, so
-    that weights which move in or out exist twice for one layer only.
+    Owns the bytes. Layers are filled by :meth:`put` or :meth:`read` and given up by :meth:`drop`,
+    one by one, so that weights which move in or out exist twice for one layer only. What does not
+    fit page-locked stays pageable: said once, and counted.
 
     Attributes:
         layout: What an expert's bytes mean; the same in every layer.
-        pinned: Whether every layer in the store is page-locked. False on a CUDA device means that
-            copies to it are slower and do not overlap compute; a warning said so.
+        pin_refused_bytes: Bytes that were to be page-locked and could not be.
 
     Args:
         layout: See above.
         num_layers: Layers L, ``>= 1``.
         num_experts: Experts per layer E, ``>= 1``.
-        device: Where the experts are to be copied: pins if it is a CUDA device.
+        device: Where the experts are to be copied.
+        tiers_LE: Home of each expert. Default: page-locked for a CUDA device, else pageable.
+        files: Where experts on disk are; needed for the tier ``DISK`` and for :meth:`read`.
     """
 
     def __init__(
@@ -84,50 +54,189 @@ class HostStore:
         num_layers: int,
         num_experts: int,
         device: torch.device | str = "cpu",
+        *,
+        tiers_LE: Sequence[Sequence[Tier]] | None = None,
+        files: ExpertFiles | None = None,
     ):
         self.layout = layout
         self.num_layers, self.num_experts = num_layers, num_experts
-        self.device = torch.device(device)
-        self.pinned = self.device.type == "cuda"
-        self._memory: list[torch.Tensor | None] = [None] * num_layers  # uint8 (E, B)
-        self._experts: list[tuple[torch.Tensor, ...]] = [()] * num_layers  # rows of the above
-        self._unpin: list[weakref.finalize | None] = [None] * num_layers
+        self.device, self.files = torch.device(device), files
+        if tiers_LE is None:
+            home = Tier.PINNED if self.device.type == "cuda" else Tier.PAGEABLE
+            tiers_LE = [[home] * num_experts] * num_layers
+        self._tiers_LE = [list(tiers_E) for tiers_E in tiers_LE]
+        self.pin_refused_bytes = 0
+        self._rows_LE: list[dict[int, torch.Tensor]] = [{} for _ in range(num_layers)]
+        self._unpin_L: list[list[weakref.finalize]] = [[] for _ in range(num_layers)]
+        self._checksums: dict[tuple[int, int], int] = {}
+
+    def tier(self, layer: int, expert: int) -> Tier:
+        """Return where an expert has its home."""
+        return self._tiers_LE[layer][expert]
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every expert is page-locked."""
+        return all(tier is Tier.PINNED for tiers_E in self._tiers_LE for tier in tiers_E)
+
+    def home_bytes(self) -> dict[str, int]:
+        """Return the bytes of expert weights in each tier, by its name."""
+        counts = {tier.value: 0 for tier in Tier}
+        for tiers_E in self._tiers_LE:
+            for tier in tiers_E:
+                counts[tier.value] += self.layout.expert_bytes
+        return counts
 
     def put(self, layer: int, parameters: Mapping[str, torch.Tensor]) -> None:
         """Copy the weights of a layer into the store.
 
         Args:
-            layer: Layer to fill or replace.
+            layer: Layer to fill or replace; none of its experts has its home on disk.
             parameters: Tensors ``(E, *shape)`` by name, on any device.
 
         Raises:
             ValueError: Names, shapes or dtypes that differ from the layout.
         """
         self._check(layer, parameters)
+
+        def fill(expert: int, row_B: torch.Tensor) -> None:
+            for name, view in self.layout.views(row_B.unsqueeze(0)).items():
+                view[0].copy_(parameters[name][expert])
+            self._clear_padding(row_B)
+
+        self._fill(layer, fill)
+
+    def read(self, layer: int, progress: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Read the experts of a layer that live in host memory from the files.
+
+        Args:
+            layer: Layer to fill or replace.
+            progress: Called with the bytes of each expert once it is read.
+
+        Raises:
+            RuntimeError: The files cannot be read, or hold something else than at first.
+        """
+
+        def fill(expert: int, row_B: torch.Tensor) -> None:
+            self.files.read_into(layer, expert, 0, self.layout.expert_bytes, row_B)
+            self.files.drop_cache(layer, expert)
+            progress(self.layout.expert_bytes)
+
+        self._fill(layer, fill)
+
+    def _fill(self, layer: int, fill: Callable[[int, torch.Tensor], None]) -> None:
+        """Make and fill the memory of a layer, tier by tier; the old one goes once all is well."""
+        rows, unpin = {}, []
+        experts_of = {tier: [] for tier in Tier}
+        for expert, tier in enumerate(self._tiers_LE[layer]):
+            experts_of[tier].append(expert)
+        for tier in (Tier.PINNED, Tier.PAGEABLE):
+            experts = experts_of[tier]
+            if not experts:
+                continue
+            memory_NB = torch.empty(len(experts), self.layout.expert_bytes, dtype=torch.uint8)
+            for row_B, expert in zip(memory_NB.unbind(0), experts, strict=True):
+                fill(expert, row_B)
+                rows[expert] = row_B
+            if tier is Tier.PINNED:
+                unpin += self._pin(layer, memory_NB)
         self.drop(layer)
-        memory_EB = torch.empty(self.num_experts, self.layout.expert_bytes, dtype=torch.uint8)
-        for name, view in self.layout.views(memory_EB).items():
-            copy_each(view, parameters[name])
-        if self.pinned:
-            self._pin(layer, memory_EB)
-        self._memory[layer], self._experts[layer] = memory_EB, memory_EB.unbind(0)
+        self._rows_LE[layer], self._unpin_L[layer] = rows, unpin
 
     def drop(self, layer: int) -> None:
         """Give up the weights of a layer."""
-        if self._unpin[layer] is not None:
-            self._unpin[layer]()
-        self._memory[layer], self._experts[layer], self._unpin[layer] = None, (), None
+        for unpin in self._unpin_L[layer]:
+            unpin()
+        self._rows_LE[layer], self._unpin_L[layer] = {}, []
+        for expert in range(self.num_experts):
+            self._checksums.pop((layer, expert), None)
 
     def expert(self, layer: int, expert: int) -> torch.Tensor:
-        """Return the bytes of one expert, uint8 ``(B,)``."""
-        return self._experts[layer][expert]
+        """Return the bytes of one expert in host memory, uint8 ``(B,)``.
 
-    def parameter(self, layer: int, name: str) -> torch.Tensor:
-        """Return one parameter of all experts of a layer, a strided view ``(E, *shape)``."""
-        memory_EB = self._memory[layer]
-        if memory_EB is None:
+        Raises:
+            RuntimeError: Its home is on disk, or the layer is not in the store.
+        """
+        row_B = self._rows_LE[layer].get(expert)
+        if row_B is None:
+            raise RuntimeError(f"expert {expert} of layer {layer} is not in host memory")
+        return row_B
+
+    def read_into(self, layer: int, expert: int, start: int, stop: int, out: torch.Tensor) -> None:
+        """Copy bytes ``[start, stop)`` of an expert, from wherever they are.
+
+        Args:
+            layer, expert: Which expert.
+            start, stop: Multiples of ``ALIGNMENT`` within the run of bytes.
+            out: uint8 ``(stop - start,)``.
+        """
+        if self.tier(layer, expert) is Tier.DISK:
+            self.files.read_into(layer, expert, start, stop, out)
+        else:
+            out.copy_(self.expert(layer, expert)[start:stop])
+
+    def read_ahead(self, layer: int, expert: int) -> None:
+        """Ask for an expert's bytes to be in memory soon, where they are on disk."""
+        if self.tier(layer, expert) is Tier.DISK:
+            self.files.read_ahead(layer, expert)
+
+    def parameter(self, layer: int, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return one parameter of all experts of a layer, ``(E, *shape)``.
+
+        Args:
+            layer: Layer.
+            name: Parameter of the layout.
+            out: Where to write it, on any device; made in host memory if not given.
+
+        Raises:
+            RuntimeError: The layer is not in the store.
+        """
+        dtype, shape, _ = self.layout.fields[name]
+        if not self._rows_LE[layer] and Tier.DISK not in self._tiers_LE[layer]:
             raise RuntimeError(f"layer {layer} is not in the store")
-        return self.layout.view(memory_EB, name)
+        if out is None:
+            out = torch.empty(self.num_experts, *shape, dtype=dtype)
+        start, stop = self.layout.span(name)
+        buffer = None
+        for expert, to in enumerate(out.unbind(0)):
+            if self.tier(layer, expert) is Tier.DISK:
+                if buffer is None:
+                    buffer = torch.empty(stop - start, dtype=torch.uint8)
+                self.files.read_into(layer, expert, start, stop, buffer)
+                bytes_N = buffer
+            else:
+                bytes_N = self.expert(layer, expert)[start:stop]
+            to.copy_(bytes_N.view(dtype)[: to.numel()].view(shape))
+        return out
+
+    def checksum(self, layer: int, expert: int) -> int:
+        """Return the checksum of an expert as it is stored; read once, then remembered."""
+        key = layer, expert
+        if key not in self._checksums:
+            if self.tier(layer, expert) is Tier.DISK:
+                expert_B = torch.empty(self.layout.expert_bytes, dtype=torch.uint8)
+                self.read_into(layer, expert, 0, len(expert_B), expert_B)
+            else:
+                expert_B = self.expert(layer, expert)
+            self._checksums[key] = int(checksum(expert_B))
+        return self._checksums[key]
+
+    def remember_checksums(self) -> None:
+        """Read every expert once, so that later reads are compared with what is stored now."""
+        for layer in range(self.num_layers):
+            for expert in range(self.num_experts):
+                self.checksum(layer, expert)
+
+    def close(self) -> None:
+        """Give up all layers."""
+        for layer in range(self.num_layers):
+            self.drop(layer)
+
+    def _clear_padding(self, row_B: torch.Tensor) -> None:
+        """Zero the bytes between parameters: a checksum covers them."""
+        for name, (dtype, shape, offset) in self.layout.fields.items():
+            end = offset + torch.Size(shape).numel() * dtype.itemsize
+            row_B[end : self.layout.span(name)[1]].zero_()
 
     def _check(self, layer, parameters):
         if not 0 <= layer < self.num_layers:
@@ -145,51 +254,25 @@ class HostStore:
                     f"got {parameters[name].dtype} of shape {got}"
                 )
 
-    def _pin(self, layer, memory_EB):
-        address = memory_EB.data_ptr()
-        error = page_lock(address, memory_EB.numel(), self.device)
-        if error is None:
-            # holds the memory, so that it is never freed while it is still page-locked
-            self._unpin[layer] = weakref.finalize(self, _page_unlock, address, memory_EB)
-            return
-        self.pinned = False
-        warnings.warn(
-            f"host memory of layer {layer}'s experts ({memory_EB.numel():,} bytes) could not be "
-            f"page-locked ({error}); it and the layers after it stay pageable, so copies to the "
-            "device are slower and do not overlap compute. Containers, WSL and `ulimit -l` limit "
-            "how much may be page-locked.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def copy_each(destination: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``(N, *shape)`` expert by expert.
-
-    Between devices a copy of a strided whole would first be made contiguous in host memory.
-    """
-    for to, expert in zip(destination.unbind(0), source.unbind(0), strict=True):
-        to.copy_(expert)
-
-
-def page_lock(address: int, num_bytes: int, device: torch.device) -> str | None:
-    """Page-lock host memory for CUDA; return None, or the cause if it is refused.
-
-    Registers memory instead of allocating it pinned: PyTorch's pinned allocator rounds a layer of
-    experts up to a power of two.
-    """
-    runtime = torch.cuda.cudart()
-    code = runtime.cudaHostRegister(address, num_bytes, 1)  # 1: portable, for every context
-    if int(code) == 0:
-        return None
-    # the refusal is also CUDA's pending "last error", which the next kernel launch would report
-    # as its own failure; a launch of ours takes it instead
-    try:
-        torch.ones(1, device=device)
-    except RuntimeError:
-        pass
-    return f"cudaHostRegister: {runtime.cudaGetErrorString(code)}"
-
-
-def _page_unlock(address: int, memory_EB: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+    def _pin(self, layer: int, memory_NB: torch.Tensor) -> list[weakref.finalize]:
+        """Page-lock memory, or make it and what comes after it pageable."""
+        cause = "an earlier layer was refused"
+        if not self.pin_refused_bytes:
+            cause = pinning.page_lock(memory_NB, self.device)
+            if cause is None:
+                # holds the memory, so that it is never freed while it is still page-locked
+                return [weakref.finalize(self, pinning.page_unlock, memory_NB)]
+            warnings.warn(
+                f"host memory of layer {layer}'s experts ({memory_NB.nbytes:,} bytes) could not "
+                f"be page-locked ({cause}); it and the layers after it stay pageable and go "
+                "through page-locked staging buffers, which costs host time. Containers, WSL and "
+                "`ulimit -l` limit how much may be page-locked: pinned_memory= asks for less.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self.pin_refused_bytes += memory_NB.nbytes
+        tiers_E = self._tiers_LE[layer]
+        for expert, tier in enumerate(tiers_E):
+            if tier is Tier.PINNED:
+                tiers_E[expert] = Tier.PAGEABLE
+        return []

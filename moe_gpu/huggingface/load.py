@@ -1,0 +1,147 @@
+"""Load a checkpoint that is larger than the GPU, and larger than host memory if need be."""
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..offload import ExpertStore
+from ..offload.disk import DiskExperts
+from ..offload.residency import Residency
+from ..offload.shards import Shards
+from ..offload.tiers import available_memory, host_budget, place
+from .attach import AttachedMoE, make_gates, warn_of_few_slots
+from .budget import memory_needs, parse_bytes
+from .checkpoint import (
+    check_quantization,
+    checkpoint_dtype,
+    load_generation_config,
+    meta_model,
+    read_config,
+    resolve,
+)
+from .families import find_blocks
+from .loading import load_dense, locate_experts
+from .options import Options
+from .weights import ExpertWeights, common_layout
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    host_memory: int | str | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    progress: bool | None = None,
+    **options,
+) -> tuple[PreTrainedModel, AttachedMoE]:
+    """Load a model with its dense weights on the device and its experts wherever they fit.
+
+    Never needs the whole model on the GPU, nor in host memory: expert weights go straight from
+    the safetensors files to their home, which is page-locked memory, pageable memory, or the
+    files themselves. Experts may be packed or separate tensors.
+
+    Args:
+        path_or_id: A local folder, or an id on the Hugging Face hub.
+        device: Where the model computes. Default: CUDA where there is one.
+        dtype: Of the weights: a torch dtype, its name, or ``"auto"``, the checkpoint's own.
+        host_memory: Bytes, or text such as ``"64GiB"``, for expert weights in host memory, the
+            page-locked part (``pinned_memory``) included; the rest stays on disk. Default: all of
+            them, but at most 80 % of what is available.
+        dequantize: Convert a checkpoint of block-scaled float8 to ``dtype`` while it is read.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Where downloads are kept; see ``huggingface_hub``.
+        token: Access token for the hub; see ``huggingface_hub``.
+        progress: Show a bar. Default: where stderr is a terminal.
+        **options: Keyword arguments of :func:`moe_gpu.attach`; exactly one of ``slots``,
+            ``resident`` and ``gpu_memory`` is needed.
+
+    Returns:
+        The model, attached, in eval mode; and the handle, whose ``close()`` frees it and whose
+        ``detach()`` makes it an ordinary model in host memory.
+
+    Raises:
+        TypeError: An argument of the wrong type, or one that does not exist.
+        ValueError: An argument outside its bounds, an unknown family, a quantized checkpoint.
+        CheckpointError: Files that are damaged, incomplete or not of this model.
+        MemoryError: The slots do not fit on the device.
+
+    Example:
+        >>> model, moe = moe_gpu.load("mistralai/Mixtral-8x7B-v0.1", gpu_memory="20GiB")
+        >>> model.generate(**inputs)
+        >>> moe.metrics().loads_by_tier
+    """
+    options = Options(**options)
+    if host_memory is not None:
+        host_memory = parse_bytes("host_memory", host_memory, minimum=0)
+    pinned = options.pinned_memory
+    if pinned is not None:
+        pinned = parse_bytes("pinned_memory", pinned, minimum=0)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+
+    folder = resolve(path_or_id, revision=revision, cache_dir=cache_dir, token=token)
+    config = read_config(folder)
+    block_size = check_quantization(config, dequantize)
+    shards = Shards(folder)
+    model = meta_model(config, _dtype(dtype, config, shards))
+    blocks = find_blocks(model)
+    layout, E = common_layout(blocks, on_meta=True)
+    L, top_k, expert_bytes = len(blocks), blocks[0].router.top_k, layout.expert_bytes
+    needs = None
+    if options.gpu_memory is not None:
+        needs = memory_needs(model, blocks, layout, options.context_tokens, options.most_staging)
+    choice = options.choose_slots(L, E, top_k, needs)
+    residency = options.residency
+    kept = None if residency is None else Residency.load(residency, L, E)
+    pinned, host = host_budget(
+        host_memory, pinned, L * E * expert_bytes,
+        cuda=device.type == "cuda", available=available_memory(),
+    )  # fmt: skip
+    tiers_LE = place(
+        L, E, expert_bytes, pinned, host, on_disk=True, heat=None if kept is None else kept.heat()
+    )
+    files = DiskExperts(layout, shards, locate_experts(model, blocks, shards), block_size)
+
+    with torch.inference_mode(False), torch.no_grad():
+        gates = make_gates(blocks, E, options, device)
+        device = gates[0].state.slot_of_LE.device
+        store = ExpertStore(layout, L, E, device, tiers_LE=tiers_LE, files=files)
+        dense = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
+        experts = {id(p): p for block in blocks for p in block.experts.parameters()}
+        total = (
+            dense - sum(p.nbytes for p in experts.values()) + host // expert_bytes * expert_bytes
+        )
+        hidden = not (sys.stderr.isatty() if progress is None else progress)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=hidden) as bar:
+            load_dense(model, blocks, shards, device, block_size=block_size, progress=bar.update)
+            load_generation_config(model, folder)
+            for layer in range(L):
+                store.read(layer, bar.update)
+        weights = ExpertWeights(model, blocks, store, loaded=True)
+        moe = AttachedMoE(model, blocks, gates, weights, torch.device("cpu"))
+        moe._attach(choice, options, kept)
+    warn_of_few_slots(choice, L, top_k)
+    return model, moe
+
+
+def _dtype(dtype: torch.dtype | str, config, shards: Shards) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype == "auto":
+            return checkpoint_dtype(config, shards)
+        if dtype not in DTYPES:
+            known = ", ".join(map(repr, ["auto", *DTYPES]))
+            raise ValueError(f"dtype must be one of {known} or a torch dtype, got {dtype!r}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be a floating point dtype of torch, got {dtype!r}")
+    return dtype
