@@ -14,12 +14,13 @@ from ..gate import MoEGate
 from ..latency import summarize_us
 from ..metrics import CounterMirror, Metrics, routing_counts
 from ..offload import EvictionPolicy, ExpertOffloader, ExpertStore
+from ..offload.eviction import DEFAULT
 from ..offload.residency import Residency
 from ..offload.slots import warn_few_slots
-from ..offload.tiers import available_memory, host_budget, place
+from ..offload.tiers import Tier, available_memory, host_budget, place
 from ..policies import MassBudget, Policy
 from ..state import RouterState
-from .budget import memory_needs, parse_bytes
+from .budget import memory_needs
 from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
 from .families import MoEBlock, find_blocks
 from .options import Options, SlotChoice
@@ -61,7 +62,7 @@ class AttachedMoE(NotCopyable):
         self._hooks = []
         self._held: list[threading.RLock] = []  # one per forward under way
         self._counters = CounterMirror(self.state.counters_LC)
-        self._attached = False
+        self._attached = self._closed = False
 
     def _attach(self, choice: SlotChoice, options: Options, residency: Residency | None) -> None:
         """Change the model. Undoes everything if any of it fails."""
@@ -107,7 +108,8 @@ class AttachedMoE(NotCopyable):
             ]
             self._configs = switch_on(self.model)
         except BaseException:
-            self._undo()
+            # giving back what was loaded would need the memory that it was kept out of
+            (self._abandon if self._weights.loaded else self._undo)()
             raise
         self._attached = True
 
@@ -134,6 +136,14 @@ class AttachedMoE(NotCopyable):
         self._weights.give_back()
         self._move_to(self._own_device)
         self._let_go()
+
+    def _abandon(self) -> None:
+        if self.offloader is not None:
+            self.offloader.close()
+        self._weights.give_up()
+        self._let_go()
+        for block in self._blocks:  # what runs first of an MoE layer, whichever module was called
+            block.router.forward = _refuse_closed
 
     def _let_go(self) -> None:
         for router, own in self._own_forwards:
@@ -164,17 +174,26 @@ class AttachedMoE(NotCopyable):
         """
         self._check_can_end("detach")
         if self._weights.loaded:
-            layout, store = self._weights.store.layout, self._weights.store
-            needed = store.num_layers * store.num_experts * layout.expert_bytes
-            free = available_memory()
+            needed, free = self._host_memory_to_detach(), available_memory()
             if free is not None and needed > free:
                 raise MemoryError(
-                    f"detach() would put all experts into host memory: {needed:,} bytes, of which "
-                    f"{free:,} are available; close() frees the model without"
+                    f"detach() puts the whole model into host memory: that takes {needed:,} bytes "
+                    f"more, {free:,} are available; close() frees the model instead"
                 )
         with self.offloader.lock:
             self._undo()
             self._attached = False
+
+    def _host_memory_to_detach(self) -> int:
+        """Return the bytes of host memory that a loaded model needs beyond what it has there."""
+        store = self._weights.store
+        # layer by layer: what a layer has there goes when the whole layer has been copied
+        needed = store.home_bytes()[Tier.DISK.value]
+        needed += store.num_experts * store.layout.expert_bytes
+        if self.state.slot_of_LE.device != self._own_device:
+            experts = {id(p) for block in self._blocks for p in block.experts.parameters()}
+            needed += sum(p.nbytes for p in self.model.parameters() if id(p) not in experts)
+        return needed
 
     def close(self) -> None:
         """Free the experts for good: the model cannot compute any more. Metrics stay readable.
@@ -184,14 +203,16 @@ class AttachedMoE(NotCopyable):
         """
         self._check_can_end("close")
         with self.offloader.lock:
-            self.offloader.close()
-            self._weights.give_up()
-            self._let_go()
-            self._attached = False
+            self._abandon()
+            self._attached, self._closed = False, True
+
+    @property
+    def _status(self) -> str:
+        return "attached" if self._attached else "closed" if self._closed else "detached"
 
     def _check_can_end(self, verb: str) -> None:
         if not self._attached:
-            raise RuntimeError("this model is already detached")
+            raise RuntimeError(f"this model is already {self._status}")
         if any(layer.computing == threading.get_ident() for layer in self._layers):
             raise RuntimeError(f"{verb}() was called from inside an expert: let it finish first")
 
@@ -249,12 +270,11 @@ class AttachedMoE(NotCopyable):
 
     def __repr__(self) -> str:
         layers, experts = self.state.num_layers, self.state.num_experts
-        status = "attached" if self._attached else "detached"
         slots = f"{self.offloader.num_slots} of {experts} experts resident"
         if self.offloader.is_pool:
             slots = f"a pool of {self.offloader.num_slots} for {layers * experts} experts"
         return (
-            f"AttachedMoE({type(self.model).__name__}, {status}, {layers} layers, {slots}, "
+            f"AttachedMoE({type(self.model).__name__}, {self._status}, {layers} layers, {slots}, "
             f"policy={self.gates[0].policy})"
         )
 
@@ -270,15 +290,15 @@ def attach(
     staging_slots: int | None = None,
     pinned_memory: int | str | None = None,
     policy: Policy = MassBudget(0.05),  # noqa: B008 - frozen dataclass
-    eviction: Literal["lru", "lfu", "affinity", "affinity_over_age"] | EvictionPolicy = "lru",
-    bypass: bool = False,
+    eviction: str | EvictionPolicy = DEFAULT,
+    bypass: bool = True,
     prefetch: Iterable[str] = (),
     prefill: Literal["last", "warm", "keep"] = "last",
     stream_prefill: bool = True,
     residency: str | Path | None = None,
     device: torch.device | str | None = None,
-    decay: float = 0.99,
-    boost: float = 1.0,
+    decay: float = 0.98,
+    boost: float = 0.02,
     max_score: float = 1.0,
     affinity_from: Literal["demand", "executed"] = "demand",
     max_policy_tokens: int = 64,
@@ -311,8 +331,9 @@ def attach(
             the free host memory at most.
         policy: How far routing may move towards resident experts.
         eviction: Who leaves when a slot is needed: ``"lru"``, ``"lfu"``, ``"affinity"``,
-            ``"affinity_over_age"`` or an object with ``rank``
-            (:class:`~moe_gpu.offload.eviction.EvictionPolicy`).
+            ``"affinity_over_age"``, ``"affinity_over_root_age"`` or an object with ``rank``
+            (:class:`~moe_gpu.offload.eviction.EvictionPolicy`). The default, with the constants
+            below, is what ``profiling/results/eviction.md`` found best.
         bypass: A missing expert that ranks below everybody passes through a staging slot.
         prefetch: Predictors that fetch ahead: any of ``"next_gate"``, ``"background"``,
             ``"affinity"`` (:mod:`moe_gpu.offload.prefetch`).
@@ -321,8 +342,9 @@ def attach(
         stream_prefill: Copy the next layer's experts while a prefill computes the present one.
         residency: File of :meth:`AttachedMoE.save_residency`: start with its experts.
         device: Where the model computes; it moves there. Default: where it is.
-        decay: See :class:`~moe_gpu.gate.MoEGate`, as for the four below.
-        boost: Affinity added to a chosen expert.
+        decay: Of the affinity per token, as in :class:`~moe_gpu.gate.MoEGate`.
+        boost: Affinity added to a chosen expert; with ``1 - decay`` it is a rate of use that never
+            saturates.
         max_score: Affinity clamp.
         affinity_from: What ages the affinity.
         max_policy_tokens: Calls with more tokens route exactly, and count as prefill.
@@ -362,16 +384,17 @@ def attach(
         needs = memory_needs(model, blocks, layout, context_tokens, options.most_staging)
     top_k = blocks[0].router.top_k
     choice = options.choose_slots(len(blocks), num_experts, top_k, needs)
-    kept = None if residency is None else Residency.load(residency, len(blocks), num_experts)
+    kept = None
+    if residency is not None:
+        kept = Residency.load(residency)
+        kept.check(len(blocks), num_experts)
 
     device = torch.device(own_device if device is None else device)
     total = len(blocks) * num_experts * layout.expert_bytes
-    pinned = None
-    if options.pinned_memory is not None:
-        pinned = parse_bytes("pinned_memory", options.pinned_memory, minimum=0)
-    pinned, _ = host_budget(
-        total, pinned, total, cuda=device.type == "cuda", available=_memory_for(model, total)
-    )
+    cuda, pinned = device.type == "cuda", options.pinned_bytes
+    if pinned is not None:  # page-locked memory that the CPU computes from would be wasted
+        pinned = min(pinned, total) if cuda else 0
+    pinned, _ = host_budget(total, pinned, total, cuda=cuda, available=_memory_for(model, total))
     tiers_LE = place(
         len(blocks), num_experts, layout.expert_bytes, pinned, total, on_disk=False,
         heat=None if kept is None else kept.heat(),
@@ -397,26 +420,24 @@ def make_gates(
         MoEGate(
             num_experts=num_experts,
             top_k=block.router.top_k,
-            policy=options.policy,
             renormalize=block.family.renormalize(block.router),
-            decay=options.decay,
-            boost=options.boost,
-            max_score=options.max_score,
-            affinity_from=options.affinity_from,
-            max_policy_tokens=options.max_policy_tokens,
             state=state,
             layer=layer,
-            timers=options.timers,
+            **options.of_gates(),
         )
         for layer, block in enumerate(blocks)
     ]
 
 
 def warn_of_few_slots(choice: SlotChoice, num_layers: int, top_k: int) -> None:
-    """Warn the caller's caller where a token alone needs more experts than there are slots."""
+    """Warn the caller's caller where one token alone needs more experts than there are slots."""
     per_layer = choice.slots / num_layers if choice.pool else choice.slots
     if per_layer < top_k:
         warn_few_slots(per_layer, top_k, stacklevel=4)
+
+
+def _refuse_closed(*_, **__):
+    raise RuntimeError("this model was closed and its expert weights freed: load it again")
 
 
 def _memory_for(model: nn.Module, expert_bytes: int) -> int | None:

@@ -164,10 +164,7 @@ def memory_needs(
         context_tokens: Length of the one sequence to make room for, ``>= 1``.
         staging_slots: Device slots beside the ones that keep experts.
     """
-    if not isinstance(context_tokens, int) or isinstance(context_tokens, bool):
-        raise TypeError(f"context_tokens must be an int, got {context_tokens!r}")
-    if context_tokens < 1:
-        raise ValueError(f"context_tokens must be >= 1, got {context_tokens}")
+    check_context_tokens(context_tokens)
     config = model.config.get_text_config()
     experts = {id(p) for block in blocks for p in block.experts.parameters()}
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}  # tied ones once
@@ -193,6 +190,14 @@ def memory_needs(
         staging=staging_slots * layout.expert_bytes,
         layers=len(blocks),
     )
+
+
+def check_context_tokens(context_tokens: int) -> None:
+    """Refuse a length of the sequence to make room for that is not an int >= 1."""
+    if not isinstance(context_tokens, int) or isinstance(context_tokens, bool):
+        raise TypeError(f"context_tokens must be an int, got {context_tokens!r}")
+    if context_tokens < 1:
+        raise ValueError(f"context_tokens must be >= 1, got {context_tokens}")
 
 
 def slots_of_share(resident: float | int, num_experts: int) -> int:

@@ -1,6 +1,7 @@
 """Load a checkpoint that is larger than the GPU, and larger than host memory if need be."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from ..offload import ExpertStore
 from ..offload.disk import DiskExperts
 from ..offload.residency import Residency
 from ..offload.shards import Shards
-from ..offload.tiers import available_memory, host_budget, place
+from ..offload.tiers import Tier, available_memory, host_budget, place
 from .attach import AttachedMoE, make_gates, warn_of_few_slots
 from .budget import memory_needs, parse_bytes
 from .checkpoint import (
@@ -22,7 +23,7 @@ from .checkpoint import (
     read_config,
     resolve,
 )
-from .families import find_blocks
+from .families import MoEBlock, find_blocks
 from .loading import load_dense, locate_experts
 from .options import Options
 from .weights import ExpertWeights, common_layout
@@ -65,8 +66,8 @@ def load(
             ``resident`` and ``gpu_memory`` is needed.
 
     Returns:
-        The model, attached, in eval mode; and the handle, whose ``close()`` frees it and whose
-        ``detach()`` makes it an ordinary model in host memory.
+        The model, attached, in eval mode; and the handle, whose ``close()`` frees the experts for
+        good and whose ``detach()`` makes an ordinary model in host memory.
 
     Raises:
         TypeError: An argument of the wrong type, or one that does not exist.
@@ -79,69 +80,92 @@ def load(
         >>> model.generate(**inputs)
         >>> moe.metrics().loads_by_tier
     """
-    options = Options(**options)
+    options = Options.of("load", **options)
     if host_memory is not None:
         host_memory = parse_bytes("host_memory", host_memory, minimum=0)
-    pinned = options.pinned_memory
-    if pinned is not None:
-        pinned = parse_bytes("pinned_memory", pinned, minimum=0)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    dtype, device = _check_dtype(dtype), _check_device(device)
+    kept = None if options.residency is None else Residency.load(options.residency)
 
     folder = resolve(path_or_id, revision=revision, cache_dir=cache_dir, token=token)
     config = read_config(folder)
     block_size = check_quantization(config, dequantize)
-    shards = Shards(folder)
-    model = meta_model(config, _dtype(dtype, config, shards))
-    blocks = find_blocks(model)
-    layout, E = common_layout(blocks, on_meta=True)
-    L, top_k, expert_bytes = len(blocks), blocks[0].router.top_k, layout.expert_bytes
-    needs = None
-    if options.gpu_memory is not None:
-        needs = memory_needs(model, blocks, layout, options.context_tokens, options.most_staging)
-    choice = options.choose_slots(L, E, top_k, needs)
-    residency = options.residency
-    kept = None if residency is None else Residency.load(residency, L, E)
-    pinned, host = host_budget(
-        host_memory, pinned, L * E * expert_bytes,
-        cuda=device.type == "cuda", available=available_memory(),
-    )  # fmt: skip
-    tiers_LE = place(
-        L, E, expert_bytes, pinned, host, on_disk=True, heat=None if kept is None else kept.heat()
-    )
-    files = DiskExperts(layout, shards, locate_experts(model, blocks, shards), block_size)
+    # tensors made in inference mode could not be written outside it
+    with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
+        shards = undo.enter_context(Shards(folder))
+        model = meta_model(config, dtype or checkpoint_dtype(config, shards))
+        blocks = find_blocks(model)
+        layout, E = common_layout(blocks, on_meta=True)
+        L, top_k = len(blocks), blocks[0].router.top_k
+        needs = None
+        if options.gpu_memory is not None:
+            needs = memory_needs(
+                model, blocks, layout, options.context_tokens, options.most_staging
+            )
+        choice = options.choose_slots(L, E, top_k, needs)
+        if kept is not None:
+            kept.check(L, E)
+        cuda = device.type == "cuda"
+        pinned, host = host_budget(
+            host_memory, options.pinned_bytes, L * E * layout.expert_bytes,
+            cuda=cuda, available=available_memory(),
+        )  # fmt: skip
+        tiers_LE = place(
+            L, E, layout.expert_bytes, pinned if cuda else 0, host, on_disk=True,
+            heat=None if kept is None else kept.heat(),
+        )  # fmt: skip
+        files = DiskExperts(layout, shards, locate_experts(model, blocks, shards), block_size)
 
-    with torch.inference_mode(False), torch.no_grad():
         gates = make_gates(blocks, E, options, device)
-        device = gates[0].state.slot_of_LE.device
+        device = gates[0].state.slot_of_LE.device  # with its index
         store = ExpertStore(layout, L, E, device, tiers_LE=tiers_LE, files=files)
-        dense = sum(t.nbytes for t in {id(t): t for t in model.parameters()}.values())
-        experts = {id(p): p for block in blocks for p in block.experts.parameters()}
-        total = (
-            dense - sum(p.nbytes for p in experts.values()) + host // expert_bytes * expert_bytes
-        )
+        undo.callback(store.close)
         hidden = not (sys.stderr.isatty() if progress is None else progress)
+        total = _bytes_to_load(model, blocks, store)
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=hidden) as bar:
             load_dense(model, blocks, shards, device, block_size=block_size, progress=bar.update)
-            load_generation_config(model, folder)
             for layer in range(L):
                 store.read(layer, bar.update)
+        load_generation_config(model, folder)
         weights = ExpertWeights(model, blocks, store, loaded=True)
         moe = AttachedMoE(model, blocks, gates, weights, torch.device("cpu"))
         moe._attach(choice, options, kept)
+        undo.pop_all()  # all is well: files and store are the model's now
     warn_of_few_slots(choice, L, top_k)
     return model, moe
 
 
-def _dtype(dtype: torch.dtype | str, config, shards: Shards) -> torch.dtype:
-    if isinstance(dtype, str):
-        if dtype == "auto":
-            return checkpoint_dtype(config, shards)
-        if dtype not in DTYPES:
-            known = ", ".join(map(repr, ["auto", *DTYPES]))
-            raise ValueError(f"dtype must be one of {known} or a torch dtype, got {dtype!r}")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be a floating point dtype of torch, got {dtype!r}")
-    return dtype
+def _bytes_to_load(model: PreTrainedModel, blocks: list[MoEBlock], store: ExpertStore) -> int:
+    """Return the bytes of dense weights, and of the experts that do not stay on disk."""
+    experts = {id(p) for block in blocks for p in block.experts.parameters()}
+    dense = sum(p.nbytes for p in model.parameters() if id(p) not in experts)  # tied ones once
+    homes = store.home_bytes()
+    return dense + homes[Tier.PINNED.value] + homes[Tier.PAGEABLE.value]
+
+
+def _check_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """Return the dtype that is asked for, None for the checkpoint's own."""
+    if dtype == "auto":
+        return None
+    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        known = ", ".join(map(repr, ["auto", *DTYPES]))
+        raise ValueError(f"dtype must be one of {known} or such a torch dtype, got {dtype!r}")
+    return found
+
+
+def _check_device(device: torch.device | str | None) -> torch.device:
+    """Return the device that is asked for, if there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:  # lists the types that torch has ever heard of
+        raise ValueError(f"device must be a CPU or CUDA device, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or CUDA device, got {device!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r} is not there: this PyTorch sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    return found

@@ -1,17 +1,18 @@
 """What ``attach`` and ``load`` can be asked for, checked before anything changes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ..gate import MoEGate
 from ..offload import EvictionPolicy
-from ..offload.eviction import eviction_policy
+from ..offload.eviction import DEFAULT, eviction_policy
 from ..offload.offloader import STAGING_SLOTS, check_timeout
 from ..offload.prefetch import check_predictors
 from ..offload.slots import check_slots
 from ..policies import MassBudget, Policy
-from .budget import MemoryNeeds, parse_bytes, slots_of_share
+from .budget import MemoryNeeds, check_context_tokens, parse_bytes, slots_of_share
 
 
 class SlotChoice(NamedTuple):
@@ -39,14 +40,14 @@ class Options:
     staging_slots: int | None = None
     pinned_memory: int | str | None = None
     policy: Policy = MassBudget(0.05)  # noqa: RUF009 - frozen dataclass
-    eviction: str | EvictionPolicy = "lru"
-    bypass: bool = False
+    eviction: str | EvictionPolicy = DEFAULT
+    bypass: bool = True
     prefetch: Iterable[str] = ()
     prefill: Literal["last", "warm", "keep"] = "last"
     stream_prefill: bool = True
     residency: str | Path | None = None
-    decay: float = 0.99
-    boost: float = 1.0
+    decay: float = 0.98
+    boost: float = 0.02
     max_score: float = 1.0
     affinity_from: Literal["demand", "executed"] = "demand"
     max_policy_tokens: int = 64
@@ -62,8 +63,8 @@ class Options:
             raise ValueError(f"give exactly one of slots, resident and gpu_memory, got {given}")
         if self.gpu_memory is not None:
             parse_bytes("gpu_memory", self.gpu_memory)
-        if self.pinned_memory is not None:
-            parse_bytes("pinned_memory", self.pinned_memory, minimum=0)
+        _ = self.pinned_bytes
+        check_context_tokens(self.context_tokens)
         if self.prefill not in ("last", "warm", "keep"):
             raise ValueError(f"prefill must be 'last', 'warm' or 'keep', got {self.prefill!r}")
         staging = self.staging_slots
@@ -79,7 +80,37 @@ class Options:
             raise ValueError(f"link_gbps must be > 0, got {self.link_gbps!r}")
         eviction_policy(self.eviction)
         check_timeout(self.timeout_s)
-        check_predictors(self.prefetch)
+        # may be an iterator, of which nothing would be left
+        object.__setattr__(self, "prefetch", check_predictors(self.prefetch))
+        # the gate's own checks, here already: weights may have to be downloaded before there is one
+        MoEGate(num_experts=1, top_k=1, **self.of_gates())
+
+    @classmethod
+    def of(cls, verb: str, **given) -> "Options":
+        """Return the options given to a function; ``verb`` is its name, for the refusal."""
+        unknown = sorted(given.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise TypeError(f"{verb}() got an unexpected keyword argument {unknown[0]!r}")
+        return cls(**given)
+
+    @property
+    def pinned_bytes(self) -> int | None:
+        """Return ``pinned_memory`` in bytes, None if it is not given."""
+        if self.pinned_memory is None:
+            return None
+        return parse_bytes("pinned_memory", self.pinned_memory, minimum=0)
+
+    def of_gates(self) -> dict[str, object]:
+        """Return the ones that are keyword arguments of :class:`~moe_gpu.gate.MoEGate`."""
+        return {
+            "policy": self.policy,
+            "decay": self.decay,
+            "boost": self.boost,
+            "max_score": self.max_score,
+            "affinity_from": self.affinity_from,
+            "max_policy_tokens": self.max_policy_tokens,
+            "timers": self.timers,
+        }
 
     @property
     def most_staging(self) -> int:
@@ -92,7 +123,9 @@ class Options:
         """Return how many slots there are and who shares them.
 
         Args:
-            num_layers, num_experts, top_k: Sizes of the model: L, E and K.
+            num_layers: MoE layers L.
+            num_experts: Experts per layer E.
+            top_k: Experts per token K.
             needs: Memory beside the slots; only where ``gpu_memory`` is given.
 
         Raises:

@@ -83,8 +83,9 @@ class ExpertWeights:
                     # data on the meta device cannot be exchanged
                     empty = torch.empty(0, dtype=parameter.dtype)
                     block.experts._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                # as from_pretrained would have made them
                 self._taken.append(
-                    {n: (torch.device("cpu"), False) for n in block.experts._parameters}
+                    {n: (torch.device("cpu"), True) for n in block.experts._parameters}
                 )
             return
         for layer, block in enumerate(self._blocks):
@@ -123,16 +124,17 @@ class ExpertWeights:
         self._remove_hooks()
 
     def give_up(self) -> None:
-        """Free the weights; the parameters end up empty on the meta device."""
+        """Free the weights and close their files; the parameters end up on the meta device."""
+        self._remove_hooks()
         fields = self.store.layout.fields
         for block in self._blocks:
             for name in expert_parameters(block):
                 dtype, shape, _ = fields[name]
                 full = torch.empty(self.store.num_experts, *shape, dtype=dtype, device="meta")
                 block.experts._parameters[name] = nn.Parameter(full, requires_grad=False)
+            block.experts.register_state_dict_pre_hook(_refuse_save)
         self._taken.clear()
         self.store.close()
-        self._remove_hooks()
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -154,3 +156,7 @@ def _path_to_experts(block: MoEBlock) -> list[str]:
 
 def _refuse_load(module, state_dict, prefix, *_):
     raise RuntimeError("an attached model cannot load a state dict: detach() first")
+
+
+def _refuse_save(module, prefix, keep_vars):
+    raise RuntimeError("this model was closed and its expert weights freed: load it again")

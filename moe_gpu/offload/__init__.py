@@ -1,6 +1,6 @@
 """Moves expert weights: decisions in plain Python, copies in :mod:`moe_gpu.offload.transfer`."""
 
-from .eviction import LFU, LRU, Affinity, AffinityOverAge, EvictionPolicy
+from .eviction import LFU, LRU, Affinity, AffinityOverAge, AffinityOverRootAge, EvictionPolicy
 from .layout import ExpertLayout
 from .offloader import ExpertOffloader, ExpertTurn
 from .store import ExpertStore
@@ -11,6 +11,7 @@ __all__ = [
     "LRU",
     "Affinity",
     "AffinityOverAge",
+    "AffinityOverRootAge",
     "EvictionPolicy",
     "ExpertLayout",
     "ExpertOffloader",

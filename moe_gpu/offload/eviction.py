@@ -77,7 +77,7 @@ class AffinityOverRootAge:
 
     Source:
         ``profiling/results/eviction.md``: nearly the gain of affinity where experts are popular,
-        and little of its loss where demand comes in bursts.
+        and half of its loss where demand comes in bursts.
     """
 
     def rank(self, keys, history):
@@ -98,6 +98,9 @@ POLICIES = {
     "lfu": LFU,
     "lru": LRU,
 }
+
+
+DEFAULT = "affinity_over_root_age"  # with bypass; measured in profiling/results/eviction.md
 
 
 def eviction_policy(eviction: str | EvictionPolicy) -> EvictionPolicy:

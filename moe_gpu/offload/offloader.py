@@ -11,7 +11,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,11 +24,11 @@ from ..metrics import LayerMetrics, OffloadMetrics
 from ..record import RecordReader, StepRecord
 from ..requests import PagingRequest, Priority
 from ..state import RouterState
-from .eviction import Affinity, EvictionPolicy, eviction_policy
+from .eviction import DEFAULT, Affinity, EvictionPolicy, eviction_policy
 from .history import History
 from .layout import checksum
 from .pager import Copy, CopyState, Pager
-from .plan import Load, Plan, Rank, checked, plan_step
+from .plan import Load, Plan, Rank, Turn, checked, plan_step
 from .prefetch import PrefetchAccount, check_predictors, hottest_missing, place_for
 from .slots import NONE, SlotTable, check_slots, warn_few_slots
 from .store import ExpertStore
@@ -97,7 +98,7 @@ class ExpertOffloader:
         pool: Share the slots among all layers.
         staging_slots: Slots that experts pass through without displacing anybody, shared by all
             layers. Default: 2, none where every expert has a slot.
-        eviction: ``"lru"``, ``"lfu"``, ``"affinity"``, ``"affinity_over_age"`` or an object with
+        eviction: Name of a policy (:data:`moe_gpu.offload.eviction.POLICIES`) or an object with
             :meth:`~moe_gpu.offload.eviction.EvictionPolicy.rank`.
         bypass: A missing expert that ranks below every idle resident passes through a staging
             slot and displaces nobody.
@@ -134,8 +135,8 @@ class ExpertOffloader:
         *,
         pool: bool = False,
         staging_slots: int | None = None,
-        eviction: str | EvictionPolicy = "lru",
-        bypass: bool = False,
+        eviction: str | EvictionPolicy = DEFAULT,
+        bypass: bool = True,
         top_k: int | None = None,
         prefetch: Iterable[str] = (),
         prefill: Prefill = "last",
@@ -277,7 +278,8 @@ class ExpertOffloader:
     ) -> Generator[ExpertTurn, None, None]:
         """Yield the experts of the layer's last route call, each when its weights are in order.
 
-        Hits come first, then missing experts. When the consumer asks for the next turn, compute
+        Hits come first, then missing experts, but for one that has arrived and whose slot another
+        copy waits for. When the consumer asks for the next turn, compute
         of the last one must be queued: its slot may be given away. A consumer that stops early
         (an exception, ``close()``) leaves everything consistent. A step that was abandoned
         without either is closed by the layer's next step.
@@ -328,7 +330,7 @@ class ExpertOffloader:
                 self._stream_ahead(layer)
             elif self.predictors and not is_prefill:
                 self._order_prefetches(layer, record)
-            for key, slot in plan.turns:
+            for key, slot in self._in_order(layer, plan, streams):
                 self._arrive(layer, key, slot)
                 yield ExpertTurn(key - first, slot, *spans[key - first])
                 if slot >= self.num_slots:
@@ -351,6 +353,41 @@ class ExpertOffloader:
                 transfer.release(layer)
             for changed in sorted(self._changed):
                 self._publish(changed)
+
+    def _in_order(self, layer: int, plan: Plan, streams: bool) -> Iterator[Turn]:
+        """Yield the turns: hits first, while copies run, but nobody who holds up a copy.
+
+        An expert that has arrived and whose slot somebody waits for goes before the hits, or the
+        link would rest while they compute.
+        """
+        loaded = {load.key for load in plan.loads} | {load.key for load in plan.follow.values()}
+        hits: deque[Turn] = deque()
+        others: deque[Turn] = deque()  # in the order of their copies
+        for turn in plan.turns:
+            is_hit = turn.slot < self.num_slots and turn.key not in loaded
+            (hits if is_hit else others).append(turn)
+        while hits or others:
+            if hits and others:
+                key, slot = others[0]
+                is_wanted = key in plan.follow or (streams and slot >= self.num_slots)
+                if is_wanted and self._has_arrived(layer, key, slot):
+                    yield others.popleft()
+                    continue
+            yield hits.popleft() if hits else others.popleft()
+
+    def _has_arrived(self, layer: int, key: int, slot: int) -> bool:
+        """Whether compute on an expert would wait for nothing."""
+        if slot >= self.num_slots:
+            flight = self._staging[slot - self.num_slots]
+            if flight is None or (flight.copy.layer, flight.key) != (layer, key):
+                return False  # its load follows a turn that is not over
+        else:
+            if self.tables[layer].slot_of_X[key] != slot:
+                return False
+            flight = self._flights.get((layer, key - self.key_of(layer, 0)))
+        if flight is not None and flight.copy.state is not CopyState.ISSUED:
+            return False
+        return self._transfer.is_complete(self._place(layer, slot))
 
     def _read_spans(self, layer, pairs):
         """Read the record once; return ``{expert: (start, stop)}``, ascending, and the record."""
@@ -672,6 +709,7 @@ class ExpertOffloader:
                 self._prefetched.useful += 1
                 if not flight.copy.is_over():
                     self._prefetched.late += 1
+                    self._pager.promote(flight.copy)  # or loads ordered later would overtake it
 
     def _can_stream(self, layer: int, pairs: int) -> bool:
         return (

@@ -101,6 +101,8 @@ class Pager:
 
     def run_now(self, copy: Copy) -> None:
         """Run a whole copy on the calling thread, ahead of everything queued; raises its error."""
+        if self._closed:
+            raise RuntimeError("the offloader is closed")
         copy.state = CopyState.RUNNING
         try:
             self._begin(copy)
@@ -179,7 +181,8 @@ class Pager:
             self._fail_all(RuntimeError("the offloader was closed"))
 
     def _ensure_thread(self) -> None:
-        if self._thread is not None and self._thread.is_alive():
+        # a thread that died is still alive while it unwinds, but takes no more orders
+        if self._thread is not None and self._thread.is_alive() and self._death is None:
             return
         if self._thread is not None:
             if self._death is None:
@@ -194,10 +197,10 @@ class Pager:
         try:
             while True:
                 with self._changed:
-                    while not self._queue:
-                        if self._closed:
-                            return
+                    while not self._queue and not self._closed:
                         self._changed.wait()
+                    if self._closed:
+                        return
                     copy = min(self._queue, key=lambda c: (_ORDER[c.priority], c.number))
                     is_first = copy.state is CopyState.QUEUED
                     copy.state = CopyState.RUNNING

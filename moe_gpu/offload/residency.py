@@ -58,12 +58,12 @@ class Residency:
             raise
 
     @classmethod
-    def load(cls, path: str | Path, num_layers: int, num_experts: int) -> "Residency":
+    def load(cls, path: str | Path) -> "Residency":
         """Read a file of :meth:`save`.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: Not such a file, or one of a model of other sizes.
+            ValueError: Not such a file, or a damaged one.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -73,13 +73,16 @@ class Residency:
                 affinity_LE, activations_LE, resident_LE = map(file.get_tensor, names)
         except SafetensorError as error:
             raise ValueError(f"residency={str(path)!r} cannot be read: {error}") from error
-        found = tuple(affinity_LE.shape)
+        return cls(affinity_LE.float().nan_to_num(), activations_LE.long(), resident_LE.bool())
+
+    def check(self, num_layers: int, num_experts: int) -> None:
+        """Raise ``ValueError`` if this is of a model of other sizes."""
+        found = tuple(self.affinity_LE.shape)
         if found != (num_layers, num_experts):
             raise ValueError(
-                f"residency={str(path)!r} is of {found[0]} layers of {found[1]} experts, the model "
-                f"has {num_layers} of {num_experts}"
+                f"residency is of {found[0]} layers of {found[1]} experts, the model has "
+                f"{num_layers} of {num_experts}"
             )
-        return cls(affinity_LE.float().nan_to_num(), activations_LE.long(), resident_LE.bool())
 
     def heat(self) -> list[list[float]]:
         """Return how hot each expert is, ``[layer][expert]``: residents above all others."""

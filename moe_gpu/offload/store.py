@@ -130,16 +130,21 @@ class ExpertStore:
         experts_of = {tier: [] for tier in Tier}
         for expert, tier in enumerate(self._tiers_LE[layer]):
             experts_of[tier].append(expert)
-        for tier in (Tier.PINNED, Tier.PAGEABLE):
-            experts = experts_of[tier]
-            if not experts:
-                continue
-            memory_NB = torch.empty(len(experts), self.layout.expert_bytes, dtype=torch.uint8)
-            for row_B, expert in zip(memory_NB.unbind(0), experts, strict=True):
-                fill(expert, row_B)
-                rows[expert] = row_B
-            if tier is Tier.PINNED:
-                unpin += self._pin(layer, memory_NB)
+        try:
+            for tier in (Tier.PINNED, Tier.PAGEABLE):
+                experts = experts_of[tier]
+                if not experts:
+                    continue
+                memory_NB = torch.empty(len(experts), self.layout.expert_bytes, dtype=torch.uint8)
+                for row_B, expert in zip(memory_NB.unbind(0), experts, strict=True):
+                    fill(expert, row_B)
+                    rows[expert] = row_B
+                if tier is Tier.PINNED:
+                    unpin += self._pin(layer, memory_NB)
+        except BaseException:
+            for undo in unpin:
+                undo()
+            raise
         self.drop(layer)
         self._rows_LE[layer], self._unpin_L[layer] = rows, unpin
 
@@ -166,8 +171,10 @@ class ExpertStore:
         """Copy bytes ``[start, stop)`` of an expert, from wherever they are.
 
         Args:
-            layer, expert: Which expert.
-            start, stop: Multiples of ``ALIGNMENT`` within the run of bytes.
+            layer: Layer of the expert.
+            expert: Its id.
+            start: First byte, a multiple of ``ALIGNMENT`` within the run.
+            stop: One past the last, likewise.
             out: uint8 ``(stop - start,)``.
         """
         if self.tier(layer, expert) is Tier.DISK:
