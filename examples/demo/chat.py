@@ -37,20 +37,17 @@ def run(args: argparse.Namespace) -> int:
     """Load, attach and talk until the user leaves; return the exit status."""
     device = session.pick_device(args.device)
     checkpoint.check_name(args.model)
-    budget = session.memory_budget(args.slots, args.resident, args.gpu_memory)
+    budget = session.memory_budget(args)
     tokenizer = checkpoint.load_tokenizer(args.model)
-    with out.status("loading"):
-        model = checkpoint.load_model(args.model, args.dtype)
-        session.set_threads(model, device, args.threads)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT
-        limit = min(limit, CONTEXT)
-        if args.max_new_tokens >= limit:
-            raise Refusal(
-                f"--max-new-tokens {args.max_new_tokens}: the conversation may have {limit} tokens, "
-                f"which leaves none for the question"
-            )
-        attached = session.attach(model, device, context_tokens=limit, **budget)
-    with attached as moe:
+    config = checkpoint.load_config(args.model).get_text_config()
+    limit = min(getattr(config, "max_position_embeddings", None) or CONTEXT, CONTEXT)
+    if args.max_new_tokens >= limit:
+        raise Refusal(
+            f"--max-new-tokens {args.max_new_tokens}: the conversation may have {limit} tokens, "
+            f"which leaves none for the question"
+        )
+    model, moe = session.load(args, device, context_tokens=limit, **budget)
+    with moe:
         interrupt.check()
         Chat(args, model, moe, tokenizer, limit).talk()
     return 0

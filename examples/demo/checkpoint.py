@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .errors import Refusal, one_line
@@ -49,15 +49,10 @@ def check_folder(folder: Path) -> None:
             raise Refusal(f"--model {folder}: the checkpoint lacks {name}")
 
 
-def load_model(name: str, dtype: str) -> PreTrainedModel:
-    """Load weights to host memory, from safetensors only and without running remote code."""
+def load_config(name: str) -> PreTrainedConfig:
+    """Load the config of a checkpoint, without running code that comes with it."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            local_files_only=Path(name).is_dir(),
-        ).eval()
+        return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
     except Exception as error:  # a damaged file raises what its reader happens to raise
         raise Refusal(f"--model {name}: {one_line(error)}") from None
 

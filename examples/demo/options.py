@@ -47,6 +47,8 @@ def parse(prog: str, description: str, argv: list[str] | None) -> argparse.Names
     where.add_argument("--resident", type=fraction, metavar="F",
         help="resident share of all experts, in (0, 1] (default: 0.5)")
     where.add_argument("--gpu-memory", metavar="SIZE", help='device memory in all, as in "20GiB"')
+    add("--host-memory", metavar="SIZE",
+        help="host memory for experts; the rest stays on disk (default: what there is)")
     add("--policy", action="append", type=policy, metavar="P",
         help=f"exact, bonus[:B], mass[:M] or all; repeatable; exact is always measured, the others "
              f"against it; text is written under the last (default: all, which is bonus:{BONUS} and "
@@ -74,6 +76,7 @@ def complete(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     given = [f"--{name.replace('_', '-')}" for name in NOT_IN_CHAT if getattr(args, name)]
     if args.chat and given:
         parser.error(f"--chat only talks, so it does not go with {', '.join(given)}")
+    args.bar = not args.quick
     lengths = CHAT_LENGTHS if args.chat else QUICK_LENGTHS if args.quick else LENGTHS
     for name, length in lengths.items():
         if getattr(args, name) is None:

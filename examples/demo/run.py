@@ -9,17 +9,16 @@ def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for, in the order the user sees; return the exit status."""
     device = session.pick_device(args.device)
     checkpoint.check_name(args.model)
-    budget = session.memory_budget(args.slots, args.resident, args.gpu_memory)
+    budget = session.memory_budget(args)
     tokenizer = checkpoint.load_tokenizer(args.model)
     prompts = session.encode(args.prompt, tokenizer)
     text = checkpoint.eval_text(args.model, tokenizer, args.eval_tokens)
     rows = checkpoint.pick_rows(text, args.eval_tokens)
-    model = checkpoint.load_model(args.model, args.dtype)
-    session.check_length(model, prompts, args.max_new_tokens)
-    session.set_threads(model, device, args.threads)
+    session.check_length(checkpoint.load_config(args.model), prompts, args.max_new_tokens)
 
     verdict = None
-    with session.attach(model, device, **budget) as moe:
+    model, moe = session.load(args, device, **budget)
+    with moe:
         generations = write_texts(args, model, moe, tokenizer, prompts)
         if args.profile is not None:
             ids = prompts[0][1]
@@ -31,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
         where = report.conditions(args, model, moe, text)
         report.show_table(lines, where)
         if args.verify:
-            twin = checkpoint.load_model(args.model, args.dtype)
+            twin, whole = session.load(args, device, resident=1.0)
             texts = [(f"prompt {prompt!r}", ids[0]) for prompt, ids in prompts] + rows
-            with session.attach(twin, device, resident=1.0):
+            with whole:
                 verdict = check_exactness(model, moe, twin, texts)
 
     interrupt.check()

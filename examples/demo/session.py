@@ -1,9 +1,9 @@
 """From the command line to a model that is ready to write."""
 
-from contextlib import AbstractContextManager
+import argparse
 
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedConfig, PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import moe_gpu
@@ -12,7 +12,7 @@ from moe_gpu.huggingface.budget import parse_bytes
 from .errors import Refusal, one_line
 
 # below, an operation takes about as long as waking a second thread, and on a busy machine far less
-SMALL_MODEL = 100_000_000  # parameters
+SMALL_MODEL = 200_000_000  # bytes of experts
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -30,15 +30,17 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def memory_budget(
-    slots: int | None, resident: float | None, gpu_memory: str | None
-) -> dict[str, float | int]:
-    """Return what :func:`moe_gpu.attach` shall be told about the size of the cache."""
+def memory_budget(args: argparse.Namespace) -> dict[str, float | int]:
+    """Return what :func:`moe_gpu.load` shall be told about memory, for the cache and the rest."""
+    sizes = {"gpu_memory": args.gpu_memory, "host_memory": args.host_memory}
+    budget = {"slots": args.slots, "resident": args.resident}
     try:
-        size = None if gpu_memory is None else parse_bytes("--gpu-memory", gpu_memory)
+        for name, size in sizes.items():
+            if size is not None:
+                minimum = int(name == "gpu_memory")
+                budget[name] = parse_bytes(f"--{name.replace('_', '-')}", size, minimum)
     except ValueError as error:
         raise Refusal(str(error)) from None
-    budget = {"slots": slots, "resident": resident, "gpu_memory": size}
     return {name: value for name, value in budget.items() if value is not None}
 
 
@@ -51,9 +53,9 @@ def encode(prompts: list[str], tokenizer: Tokenizer) -> list[tuple[str, torch.Te
     return pairs
 
 
-def check_length(model: PreTrainedModel, prompts: list, new_tokens: int) -> None:
+def check_length(config: PreTrainedConfig, prompts: list, new_tokens: int) -> None:
     """Refuse to write past the positions that the model knows."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     for prompt, ids in prompts:
         if limit is not None and ids.shape[1] + new_tokens > limit:
             raise Refusal(
@@ -62,22 +64,33 @@ def check_length(model: PreTrainedModel, prompts: list, new_tokens: int) -> None
             )
 
 
-def set_threads(model: PreTrainedModel, device: torch.device, threads: int | None) -> None:
-    """Set the CPU threads; None chooses by the size of the model."""
-    if threads is None and device.type == "cpu" and model.num_parameters() < SMALL_MODEL:
+def load(
+    args: argparse.Namespace, device: torch.device, **budget
+) -> tuple[PreTrainedModel, "moe_gpu.AttachedMoE"]:
+    """Load the model with the gate exact; the measurements set the policies.
+
+    Sets the CPU threads, by the size of the model where nobody says how many.
+    """
+    try:
+        model, moe = moe_gpu.load(
+            args.model,
+            device=device,
+            dtype=args.dtype,
+            policy=moe_gpu.Exact(),
+            progress=None if args.bar else False,
+            **budget,
+        )
+    except (TypeError, ValueError, MemoryError) as error:
+        raise Refusal(one_line(error)) from None
+    except Exception as error:  # a damaged file raises what its reader happens to raise
+        raise Refusal(f"--model {args.model}: {one_line(error)}") from None
+    threads = args.threads
+    expert_bytes = sum(moe.offloader.store.home_bytes().values())
+    if threads is None and device.type == "cpu" and expert_bytes < SMALL_MODEL:
         threads = 1
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def attach(
-    model: PreTrainedModel, device: torch.device, **budget
-) -> AbstractContextManager["moe_gpu.AttachedMoE"]:
-    """Attach with the gate exact; the measurements set the policies."""
-    try:
-        return moe_gpu.attach(model, device=device, policy=moe_gpu.Exact(), **budget)
-    except (TypeError, ValueError) as error:
-        raise Refusal(one_line(error)) from None
+    return model, moe
 
 
 def generate(
