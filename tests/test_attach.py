@@ -346,3 +346,43 @@ def test_on_a_device(dtype):
                 assert torch.equal(text_of(model, ids), text)
             assert moe.metrics().stall_ms > 0 and moe.metrics().route_path == "triton"
     assert torch.equal(logits_of(model, ids), at_home)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool": True},
+        {"pool": False, "bypass": False},
+        {"pinned_memory": 0},  # everything through the staging buffers
+        {"prefetch": ["next_gate", "background", "affinity"]},
+        {"verify": True},
+        {"max_policy_tokens": 2, "prefill": "warm"},
+    ],
+    ids=str,
+)
+def test_options_on_a_device(options):
+    model, ids = make_model(dtype=torch.bfloat16), prompt(0, batch=2)
+    with moe_gpu.attach(model, slots=EXPERTS, policy=Exact(), device="cuda"):
+        expected, text = logits_of(model, ids), text_of(model, ids)
+    with moe_gpu.attach(model, slots=3, policy=Exact(), device="cuda", **options) as moe:
+        for _ in range(3):
+            assert torch.equal(logits_of(model, ids), expected)
+            assert torch.equal(text_of(model, ids), text)
+        metrics = moe.metrics()
+        tier = "pageable" if "pinned_memory" in options else "pinned"
+        assert metrics.loads_by_tier[tier] == metrics.loads > 0
+        assert sum(layer.hits for layer in metrics.layers) == metrics.hits
+
+
+@pytest.mark.gpu
+def test_metrics_without_waiting_catch_up():
+    model, ids = make_model(), prompt(0)
+    with moe_gpu.attach(model, slots=3, device="cuda") as moe:
+        text_of(model, ids)
+        for _ in range(2):  # the first call orders the copy that the second one reads
+            moe.metrics(wait=False)
+            torch.cuda.synchronize()
+        seen, now = moe.metrics(wait=False), moe.metrics()
+        assert (seen.tokens, seen.hits, seen.swaps) == (now.tokens, now.hits, now.swaps)
+        assert moe.status().startswith("hits ")
