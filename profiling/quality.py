@@ -4,6 +4,8 @@ Usage:
     python profiling/quality.py                      # the shipped tiny model, some minutes
     python profiling/quality.py --sequences 24       # a quick look
 
+On a busy machine ``OMP_NUM_THREADS=1`` is several times faster: the tensors of a step are small.
+
 Every token meets the expert cache that the tokens before it left, as in decoding. A layer's
 choices depend on its own cache and on the layers below, so the layers run one after another, and
 within a layer all sequences step through their tokens side by side, each with a cache of its
@@ -23,6 +25,7 @@ import subprocess
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -31,11 +34,23 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from moe_gpu import CacheBonus, Exact, MassBudget
+from moe_gpu.huggingface.options import Options
 from moe_gpu.kernels.route_ref import age_affinity_ref, mixing_weights, select_ref
 from moe_gpu.policies import Policy
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "profiling" / "results"
+
+
+class Eviction(NamedTuple):
+    """Who leaves a cache: the name of a policy, and whether newcomers compete in its ranking."""
+
+    policy: str
+    bypass: bool
+
+    def __str__(self) -> str:
+        return self.policy.replace("_", " ") + (" with bypass" if self.bypass else "")
+
 
 POLICIES: list[Policy] = [
     Exact(),
@@ -43,11 +58,14 @@ POLICIES: list[Policy] = [
     *[CacheBonus(bonus, "logit_range", 1) for bonus in (0.025, 0.05, 0.1, 0.2)],
     *[MassBudget(budget) for budget in (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)],
 ]
-EVICTION = "affinity"  # the default of attach; LRU is measured beside it at a few points
+# the defaults of attach; LRU is measured beside them at a few points
+EVICTION = Eviction(Options.eviction, Options.bypass)
+AFFINITY = Options.decay, Options.boost, Options.max_score
+LRU = Eviction("lru", bypass=False)
 LRU_POINTS: list[Policy] = [Exact(), CacheBonus(), MassBudget(0.05), MassBudget(0.1)]
-README_ROWS: list[tuple[Policy, str]] = [
+README_ROWS: list[tuple[Policy, Eviction]] = [
     (Exact(), EVICTION),
-    (Exact(), "lru"),
+    (Exact(), LRU),
     *[(CacheBonus(bonus), EVICTION) for bonus in (0.15, 0.5)],
     *[(MassBudget(budget), EVICTION) for budget in (0.02, 0.05, 0.1, 0.2)],
 ]
@@ -56,41 +74,66 @@ README_ROWS: list[tuple[Policy, str]] = [
 class DecodeCaches:
     """One layer's expert caches, one per sequence, stepped token by token.
 
-    Follows the offloader: misses of a token are loaded in ascending id, victims are residents
-    that the token does not need, in the order of the eviction policy.
+    Follows the offloader: a token loads what it misses, and as many leave: the first in the order
+    of the eviction policy among the residents that the token does not need and, with bypass, the
+    newcomers, which then only pass through a staging slot.
 
     Args:
         sequences: Caches side by side, N.
         num_experts: E.
         slots: S, at least the experts of one token.
-        eviction: ``"lru"`` or ``"affinity"``.
+        eviction: A policy of :data:`moe_gpu.offload.eviction.POLICIES`, and whether to bypass.
     """
 
-    def __init__(self, sequences: int, num_experts: int, slots: int, eviction: str):
+    def __init__(self, sequences: int, num_experts: int, slots: int, eviction: Eviction):
         self.resident_NE = torch.zeros(sequences, num_experts, dtype=torch.bool)
         self.resident_NE[:, :slots] = True
         self.affinity_NE = torch.zeros(sequences, num_experts)
-        self.last_use_NE = torch.zeros(sequences, num_experts)
+        self.last_use_NE = torch.zeros(sequences, num_experts, dtype=torch.int64)  # 0 never
+        self.uses_NE = torch.zeros(sequences, num_experts, dtype=torch.int64)
         self.eviction, self.step = eviction, 0
 
     def use(self, needed_NE: torch.Tensor, demand_NE: torch.Tensor) -> torch.Tensor:
-        """Make the needed experts resident; return the misses of each sequence."""
+        """Give a token the experts it needs; return the misses of each sequence."""
         self.step += 1
-        self.affinity_NE = age_affinity_ref(self.affinity_NE, demand_NE[None], 0.99, 1.0, 1.0)
+        self.affinity_NE = age_affinity_ref(self.affinity_NE, demand_NE[None], *AFFINITY)
         self.last_use_NE[needed_NE] = self.step
-        misses_N = (needed_NE & ~self.resident_NE).sum(1)
+        self.uses_NE += needed_NE
+        missing_NE = needed_NE & ~self.resident_NE
+        misses_N = missing_NE.sum(1)
 
-        # victims in order: sort by id (stable), then by last use, then by affinity
-        idle_NE = self.resident_NE & ~needed_NE
-        order_NE = self.last_use_NE.argsort(dim=1, stable=True)
-        if self.eviction == "affinity":
-            by_affinity = self.affinity_NE.gather(1, order_NE).argsort(dim=1, stable=True)
-            order_NE = order_NE.gather(1, by_affinity)
-        ranked_idle_NE = idle_NE.gather(1, order_NE)
-        leaves_NE = ranked_idle_NE & (ranked_idle_NE.cumsum(1) <= misses_N[:, None])
-        self.resident_NE &= ~torch.zeros_like(idle_NE).scatter(1, order_NE, leaves_NE)
+        may_leave_NE = self.resident_NE & ~needed_NE
+        if self.eviction.bypass:
+            may_leave_NE |= missing_NE
+        order_NE = self.order()
+        ranked_NE = may_leave_NE.gather(1, order_NE)
+        leaves_NE = ranked_NE & (ranked_NE.cumsum(1) <= misses_N[:, None])
         self.resident_NE |= needed_NE
+        self.resident_NE &= ~torch.zeros_like(ranked_NE).scatter(1, order_NE, leaves_NE)
         return misses_N
+
+    def order(self) -> torch.Tensor:
+        """Return the experts in the order in which they leave, ``(N, E)``."""
+        age_NE = self.step - self.last_use_NE
+        age_NE += (self.last_use_NE == 0) * (1 + self.step)  # as History.age: older than any other
+        # among equals the oldest, then the lowest id: both sorts are stable
+        order_NE = age_NE.argsort(dim=1, descending=True, stable=True)
+        affinity_NE = self.affinity_NE.double()  # as Python divides
+        match self.eviction.policy:
+            case "lru":
+                return order_NE
+            case "lfu":
+                value_NE = self.uses_NE
+            case "affinity":
+                value_NE = affinity_NE
+            case "affinity_over_age":
+                value_NE = affinity_NE / (age_NE + 1)
+            case "affinity_over_root_age":
+                value_NE = affinity_NE / (age_NE + 1).double().sqrt()
+            case unknown:
+                raise ValueError(f"no simulation of eviction by {unknown!r}")
+        by_value_NE = value_NE.gather(1, order_NE).argsort(dim=1, stable=True)
+        return order_NE.gather(1, by_value_NE)
 
 
 @dataclass
@@ -130,7 +173,7 @@ def route_side_by_side(logits_NTE, top_k, policy, caches):
 
 
 @contextmanager
-def simulated(model, sequences: int, slots: int, policy: Policy, eviction: str, totals: dict):
+def simulated(model, sequences: int, slots: int, policy: Policy, eviction: Eviction, totals: dict):
     """Route every MoE layer of a Mixtral model through caches of ``slots`` experts."""
     routers = [layer.mlp.gate for layer in model.model.layers]
 
@@ -161,7 +204,9 @@ def simulated(model, sequences: int, slots: int, policy: Policy, eviction: str, 
 
 
 @torch.no_grad()
-def evaluate(model, rows_NT: torch.Tensor, slots: int, policy: Policy, eviction: str) -> Counts:
+def evaluate(
+    model, rows_NT: torch.Tensor, slots: int, policy: Policy, eviction: Eviction
+) -> Counts:
     """Score rows of token ids, ``(N, T + 1)``: predict tokens 1..T from those before them."""
     N, T = rows_NT.shape[0], rows_NT.shape[1] - 1
     totals = {name: torch.zeros(N) for name in ("loads", "swaps", "moved", "pairs")}
@@ -268,7 +313,8 @@ def row_of(policy, eviction, counts, exact, slots, experts, layers, expert_bytes
     loads = counts.loads.sum().item() / tokens
     pairs = counts.pairs.sum().item()
     return {
-        "policy": describe(policy) + ("" if eviction == EVICTION else f", {eviction.upper()}"),
+        "policy": describe(policy)
+        + ("" if eviction == EVICTION else f", {eviction.policy.upper()}"),
         "resident": f"{slots} of {experts}",
         "hit_rate": 1 - counts.loads.sum().item() / pairs,
         "loads_per_token": loads,
@@ -296,7 +342,7 @@ def plot(content: dict, path: Path) -> None:
         "range-scaled bonus": lambda row: row["options"].get("scale") == "logit_range",
         "mass budget": lambda row: "budget" in row["options"],
     }
-    default = [row for row in content["curve"] if row["eviction"] == EVICTION]
+    default = [row for row in content["curve"] if row["eviction"] == str(EVICTION)]
     exact = default[0]
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for name, belongs in families.items():
@@ -346,7 +392,7 @@ def main() -> None:
 
     results = {}
     jobs = [(policy, EVICTION) for policy in POLICIES]
-    jobs += [(policy, "lru") for policy in LRU_POINTS]
+    jobs += [(policy, LRU) for policy in LRU_POINTS]
     bar = tqdm(jobs, unit="policy")
     for policy, eviction in bar:
         bar.set_postfix_str(f"{describe(policy)}, {eviction}")
@@ -364,8 +410,9 @@ def main() -> None:
             "model": f"examples/{args.model.name} ({L} layers, {E} experts, top-{K})",
             "text": f"{len(rows_NT)} held-out sequences of {exact.tokens} tokens from "
             f"{', '.join(sorted(domains))}",
-            "method": "token by token, each sequence with its own cache, eviction by affinity "
-            "unless said; paired bootstrap",
+            "method": "token by token, each sequence with its own cache, eviction by "
+            f"{EVICTION} (decay, boost {AFFINITY[0]:g}, {AFFINITY[1]:g}) unless said; paired "
+            "bootstrap",
             "expert_bytes": f"{expert_bytes} (bf16)",
             "arithmetic": "float32 on the CPU",
             "torch": torch.__version__,
@@ -375,7 +422,8 @@ def main() -> None:
         },
         "rows": [rows[job] for job in README_ROWS],
         "curve": [
-            rows[job] | {"strength": job[0].strength, "options": asdict(job[0]), "eviction": job[1]}
+            rows[job]
+            | {"strength": job[0].strength, "options": asdict(job[0]), "eviction": str(job[1])}
             for job in jobs
         ],
         "mass_budget_against_original_bonus": [

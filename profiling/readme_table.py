@@ -4,11 +4,12 @@ Usage:
     python profiling/readme_table.py            # rewrite what lies between the two markers
     python profiling/readme_table.py --check    # exit 1 if that would change anything
 
-Reads ``profiling/results/quality_tiny.json``. Its ``rows`` have policy, resident, hit_rate,
+Reads ``quality_tiny.json`` in ``profiling/results``. Its ``rows`` have policy, resident, hit_rate,
 loads_per_token, mb_per_token, perplexity, perplexity_change_percent, ci_low and ci_high, all but
 the first two numbers or null; its ``conditions`` are a dictionary that is printed under the
 table. A figure that is null, and everything of a file that is not there, reads "not measured";
-a policy that is compared with itself (change 0, no interval) reads "the reference".
+a policy that is compared with itself (change 0, no interval) reads "the reference". What
+``eviction.json`` beside it found, if it is there, follows in a sentence.
 """
 
 import argparse
@@ -76,6 +77,9 @@ def measured(path: Path) -> str:
         return table
     if "mass_budget_against_original_bonus" in content:
         table += "\n\n" + claims(content)
+    evictions = path.with_name("eviction.json")
+    if evictions.exists():
+        table += "\n\n" + evicted(json.loads(evictions.read_text(encoding="utf-8")))
     facts = (f"{key.replace('_', ' ')} {plain(v)}" for key, v in content["conditions"].items())
     return f"{table}\n\nMeasured with: {'; '.join(facts)}. From `profiling/results/{path.name}`."
 
@@ -96,6 +100,27 @@ def claims(content: dict) -> str:
         f"than exact routing, and has "
         f"{half['mass_budget_fewer_misses_than_bonus_percent']:.0f} % fewer misses "
         f"({half['ci_low']:.0f} to {half['ci_high']:.0f}) than the original bonus."
+    )
+
+
+def evicted(content: dict) -> str:
+    """Return who leaves by default, and what that is worth, as sentences."""
+    decision, rows = content["decision"], {row["title"]: row for row in content["summary"]}
+
+    def hit_rate(title: str) -> float:
+        (by_size,) = (v for k, v in rows[title]["hit_rate"].items() if k.startswith("recorded"))
+        return sum(by_size["value"]) / len(by_size["value"])
+
+    gain = {name: 100 * value for name, value in decision["gain_recorded"].items()}
+    bound = 100 * (hit_rate("Belady, bypass") - hit_rate("LRU"))
+    worst = min(content["traces"], key=lambda row: row["default"]["value"])
+    return (
+        f"Eviction by {decision['default']['title']}: {gain['value']:+.2f} points of hit rate over "
+        f"LRU ({gain['low']:+.2f} to {gain['high']:+.2f}) under exact routing, on text that did not "
+        f"choose its constants; Belady's optimum, which knows the future, gains {bound:+.2f}. On its "
+        f"worst trace ({worst['trace']}; {worst['group']}) the gain is "
+        f"{100 * worst['default']['value']:+.2f}. Means over three cache sizes, from "
+        "`profiling/results/eviction.md`."
     )
 
 

@@ -14,6 +14,8 @@ from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
 import moe_gpu  # noqa: E402
 from moe_gpu import CacheBonus, Exact, MassBudget  # noqa: E402
 from moe_gpu.kernels import route as route_module  # noqa: E402
+from moe_gpu.offload.eviction import DEFAULT, POLICIES  # noqa: E402
+from moe_gpu.offload.history import History  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +51,23 @@ def decode(model, row_T):
     return nll
 
 
-@pytest.mark.parametrize("eviction", ["lru", "affinity"])
+@pytest.mark.parametrize(
+    "eviction, bypass",
+    [("lru", False), ("affinity", False), (DEFAULT, True)],
+    ids=["lru", "affinity", "default"],
+)
 @pytest.mark.parametrize(
     "policy",
     [Exact(), CacheBonus(0.5), CacheBonus(0.2, "logit_range", 1), MassBudget(0.3)],
     ids=str,
 )
-def test_simulation_is_the_live_path(quality, model, policy, eviction, monkeypatch):
+def test_simulation_is_the_live_path(quality, model, policy, eviction, bypass, monkeypatch):
     monkeypatch.setattr(route_module, "_INTERPRET", False)  # as a user's CPU routes
     rows_NT = torch.randint(0, 64, (2, 30))
-    counts = quality.evaluate(model, rows_NT, 3, policy, eviction)
+    options = {"policy": policy, "eviction": eviction, "bypass": bypass}
+    counts = quality.evaluate(model, rows_NT, 3, policy, quality.Eviction(eviction, bypass))
     for n, row_T in enumerate(rows_NT):
-        with moe_gpu.attach(model, slots=3, pool=False, policy=policy, eviction=eviction) as moe:
+        with moe_gpu.attach(model, slots=3, pool=False, **options) as moe:
             nll = decode(model, row_T)
             metrics = moe.metrics()
         assert metrics.loads == metrics.misses == counts.loads[n]
@@ -68,6 +75,52 @@ def test_simulation_is_the_live_path(quality, model, policy, eviction, monkeypat
         assert metrics.moved_mass == pytest.approx(counts.moved[n].item(), abs=1e-4)
         assert nll == pytest.approx(counts.nll[n].item(), rel=1e-4)
     assert isinstance(policy, Exact) or counts.swaps.sum() > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_order_is_the_shipped_one(quality, policy):
+    """Also where demand is swapped away: an expert can be wanted often and never be used."""
+    N, E, K = 3, 12, 2
+    caches = quality.DecodeCaches(N, E, 6, quality.Eviction(policy, True))
+    histories = [History(1, E) for _ in range(N)]
+    generator = torch.Generator().manual_seed(2)
+    popular_E = torch.arange(float(E), 0, -1)
+
+    def draw(skew):
+        weights_NE = torch.rand(N, E, generator=generator) * popular_E**skew
+        return torch.zeros(N, E, dtype=torch.bool).scatter(1, weights_NE.topk(K).indices, True)
+
+    for _ in range(40):
+        needed_NE, demand_NE = draw(2), draw(0.5)
+        caches.use(needed_NE, demand_NE)
+        for history, needed_E, affinity_E in zip(
+            histories, needed_NE, caches.affinity_NE, strict=True
+        ):
+            history.touch(0, needed_E.nonzero()[:, 0].tolist())
+            history.learn(0, affinity_E.tolist())
+        want = [POLICIES[policy]().rank(range(E), history) for history in histories]
+        assert caches.order().tolist() == want
+    never_NE = caches.last_use_NE == 0
+    assert (caches.affinity_NE[never_NE] > 0).any() and (caches.affinity_NE[never_NE] == 0).any()
+
+
+@pytest.mark.parametrize(
+    "policy, factor", [("affinity_over_age", 3), ("affinity_over_root_age", 3**0.5)]
+)
+def test_near_ties_go_as_python_divides(quality, policy, factor):
+    N = 200
+    caches, history = quality.DecodeCaches(N, 2, 1, quality.Eviction(policy, True)), History(1, 2)
+    for expert in (0, 1, 1):  # ages 2 and 0
+        used_NE = (torch.arange(2) == expert).expand(N, 2)
+        caches.use(used_NE, used_NE)
+        history.touch(0, [expert])
+    young_N = torch.rand(N, generator=torch.Generator().manual_seed(0))
+    caches.affinity_NE = torch.stack([young_N * factor, young_N], 1)
+    want = []
+    for affinity_E in caches.affinity_NE.tolist():
+        history.learn(0, affinity_E)
+        want.append(POLICIES[policy]().rank(range(2), history))
+    assert caches.order().tolist() == want
 
 
 def test_curves_are_compared_at_equal_perplexity(quality):

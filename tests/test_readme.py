@@ -54,7 +54,19 @@ def test_make_target_exists(command):
     assert dry.returncode == 0, dry.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python ")])
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m ")])
+def test_module_runs(command):
+    child = subprocess.run(
+        [sys.executable, *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip()
+
+
+SCRIPT = re.compile(r"python (?!-)")
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if SCRIPT.match(c)])
 def test_script_knows_its_options(command):
     _, script, *arguments = command.split()
     assert (ROOT / script).is_file()
@@ -76,6 +88,12 @@ def test_extras_exist(command):
 
 def test_every_command_is_checked():
     assert not [c for c in commands() if c.split()[0] not in ("make", "python", "pip")]
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    local = [link.split("#")[0] for link in links if "://" not in link]
+    assert local and not [link for link in local if not (ROOT / link).is_file()]
 
 
 def test_paths_in_the_layout_exist():
@@ -134,6 +152,31 @@ def test_table_holds_the_results(table):
     assert "| mass 0.05 | 4 of 8 | 61.2% | not measured |" in text
     assert "+0.12 % (-0.01 to +0.26) |" in text
     assert "torch 2.13.0; domains code, prose." in text
+
+
+def test_table_says_what_eviction_is_worth(table):
+    table.results.write_text(json.dumps({"conditions": {}, "rows": []}))
+    default = {"title": "affinity 0.9/0.1, bypass"}
+    rates = {default["title"]: [0.5, 0.7], "LRU": [0.4, 0.6], "Belady, bypass": [0.7, 0.8]}
+    content = {
+        "decision": {
+            "default": default,
+            "gain_recorded": {"value": 0.1, "low": 0.09, "high": 0.112},
+        },
+        "summary": [
+            {"title": title, "hit_rate": {"recorded": {"value": by_size}, "drawn": {"value": [0]}}}
+            for title, by_size in rates.items()
+        ],
+        "traces": [
+            {"group": "drawn", "trace": trace, "default": {"value": gain}}
+            for trace, gain in (("calm", 0.2), ("bursts", -0.01))
+        ],
+    }
+    table.results.with_name("eviction.json").write_text(json.dumps(content))
+    assert table().returncode == 0
+    text = table.readme.read_text()
+    assert "affinity 0.9/0.1, bypass: +10.00 points of hit rate over LRU (+9.00 to +11.20)" in text
+    assert "gains +25.00. On its worst trace (bursts; drawn) the gain is -1.00." in text
 
 
 def test_table_refuses_a_readme_without_markers(table):
