@@ -36,6 +36,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir={"moe_gpu": "moe_gpu", "moe_gpu.kernels": "kernels"},
+    entry_points={"console_scripts": ["moe-gpu = moe_gpu.__main__:main"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'", "numpy"],
     extras_require={
         "hf": ["transformers>=5.17", "safetensors", "tokenizers", "rich", "tqdm"],

@@ -1,10 +1,12 @@
-"""Command line: ``python -m moe_gpu plan MODEL --gpu-memory 24GiB``.
+"""Command line: ``moe-gpu plan MODEL --gpu-memory 24GiB``, or ``python -m moe_gpu plan ...``.
 
-Exit status: 0, or 2 with one sentence on stderr where the request makes no sense.
+Exit status: 0, or 2 with one sentence on stderr where the request makes no sense, or 141 (as the
+shell reports SIGPIPE) where nobody reads the output to its end.
 """
 
 import argparse
 import json
+import os
 import sys
 from typing import NoReturn
 
@@ -19,12 +21,18 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
-    parser = Parser(prog="moe_gpu", description="Mixture-of-experts models larger than the GPU.")
+    parser = Parser(prog="moe-gpu", description="Mixture-of-experts models larger than the GPU.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()  # here, where a reader who has gone can be noticed
+        return status
+    except BrokenPipeError:
+        # what is still buffered would be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise

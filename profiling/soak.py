@@ -13,9 +13,10 @@ end of a life faults stop, and everything must work and be right again: only the
 count as survived.
 
 Wrong weights are counted where they would be used: at each turn all bytes are compared with the
-stored ones, and the model's logits with those of the model that never moved anything. A hang is an
-operation that takes longer than its bounds allow. Exit status 1 if there was either, or a fault
-that was not survived.
+stored ones, before and after, and the model's logits with those of the model that never moved
+anything. A hang is an operation that takes longer than its bounds allow. Every error must be the one
+that a fault of its life is meant to become. Exit status 1 if any of this is not so, or a fault was
+not survived. Another thread reads the metrics all the while.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,14 +54,17 @@ TIMEOUT_S = 0.4  # bound of a wait in every life
 HANG_S = 60.0  # an operation waits for a few copies at most, each TIMEOUT_S
 LIFE_S = 2.0
 FAULT_RATE = 0.03  # per piece of a copy
-KINDS = (
-    "read error",
-    "slow copy",
-    "thread death",
-    "changed byte",
-    "consumer raised",
-    "walked away",
-)
+# what a call says where a fault made it fail; no other error is expected
+BECOMES = {
+    "read error": r"loading expert .* failed: .*Input/output error \(injected\)",
+    "slow copy": r"loading expert .* failed: its copy has not completed after",
+    "thread death": r"loading expert .* failed: the copying thread died: Killed",
+    "changed byte": r"are not those stored for expert",
+    "changed slot": r"are not those stored for expert",
+    "consumer raised": r"^injected$",
+    "walked away": r"slots are leased|a running step holds slots",  # to a step that is not over
+}
+OF_COPIES = ("read error", "slow copy", "thread death", "changed byte")
 
 
 class Killed(BaseException):
@@ -74,9 +79,11 @@ class Tally:
     """What the whole run has seen."""
 
     def __init__(self):
-        self.calls = self.lives = self.wrong_weights = self.hangs = self.refusals = 0
+        self.calls = self.lives = self.wrong_weights = self.hangs = 0
         self.loads = self.verified = self.restarts = 0
-        self.injected, self.survived = Counter(), Counter()
+        self.injected, self.survived, self.refused = Counter(), Counter(), Counter()
+        self.unexplained: list[str] = []
+        self.moves: ExpertOffloader | None = None  # of the life that is on
         self.beat_s = time.monotonic()
 
     def beat(self) -> None:
@@ -89,9 +96,18 @@ class Tally:
         self.verified += metrics.verified
         self.restarts += metrics.pager_restarts
 
+    def explain(self, error: Exception, injected: Counter) -> None:
+        """Count an error by the fault of its life that explains it."""
+        kinds = [kind for kind in injected if re.search(BECOMES[kind], str(error))]
+        if kinds:
+            self.refused[kinds[0]] += 1
+        else:
+            self.unexplained.append(f"{type(error).__name__}: {error}; faults: {dict(injected)}")
+
     def failed(self) -> bool:
-        """Whether anything was wrong, hung, or did not recover."""
-        return bool(self.wrong_weights or self.hangs or self.injected != self.survived)
+        """Whether anything was wrong, hung, could not be explained, or did not recover."""
+        faults_stay = self.injected != self.survived
+        return bool(self.wrong_weights or self.hangs or self.unexplained or faults_stay)
 
     def report(self) -> dict:
         """Return everything by name."""
@@ -100,7 +116,8 @@ class Tally:
             "calls": self.calls,
             "loads": self.loads,
             "checksums_compared": self.verified,
-            "calls_that_raised_by_design": self.refusals,
+            "calls_that_raised": dict(self.refused),
+            "errors_unexplained": self.unexplained[:20],
             "thread_restarts": self.restarts,
             "faults_injected": dict(self.injected),
             "faults_survived": dict(self.survived),
@@ -116,6 +133,7 @@ class Faults:
         self.on, self.injected = False, Counter()
         self._dice, self._tally = dice, tally
         self._bytes_of = offloader._transfer.bytes_of
+        self._places = sum(len(memory_SB) for memory_SB in offloader._transfer.memory_G)
         self._inner = offloader._pager._piece
         offloader._pager._piece = self._piece
 
@@ -127,7 +145,7 @@ class Faults:
     def _piece(self, copy, start: int, stop: int) -> None:
         kind = None
         if self.on and self._dice.random() < FAULT_RATE:
-            kind = self._dice.choice(KINDS[:4])
+            kind = self._dice.choice(OF_COPIES)
         on_thread = threading.current_thread() is not threading.main_thread()
         if kind in ("slow copy", "thread death") and not on_thread:
             kind = "read error"
@@ -142,6 +160,13 @@ class Faults:
         self._inner(copy, start, stop)
         if kind == "changed byte":
             self._bytes_of(copy.place)[self._dice.randrange(start, stop)] ^= 0x5A
+
+    def maybe_change_a_slot(self) -> None:
+        """Change a byte of an expert that may be resident."""
+        if self.on and self._dice.random() < FAULT_RATE:
+            self.note("changed slot")
+            expert_B = self._bytes_of(self._dice.randrange(self._places))
+            expert_B[self._dice.randrange(len(expert_B))] ^= 0x5A
 
 
 def random_options(dice: random.Random, num_layers: int, num_experts: int, sabotage: bool) -> dict:
@@ -191,6 +216,7 @@ class OffloaderLife:
         self.offloader = ExpertOffloader(self.state, store, options.pop("slots"), **options)
         self.offloader.fill()
         self.slots_LS = [self.offloader.weights_of(layer) for layer in range(self.L)]
+        self.left = None  # a step that was walked away from
         self.faults = Faults(self.offloader, dice, tally)
 
     def work(self) -> None:
@@ -216,16 +242,21 @@ class OffloaderLife:
         turns = self.offloader.step(layer, ids_TK.numel(), is_prefill=is_prefill)
         for number, turn in enumerate(turns):
             stored = self.weights[f"layer.{layer}"][turn.expert]
-            if not torch.equal(self.slots_LS[layer][turn.slot]["w"], stored):
-                self.tally.wrong_weights += 1
+            for _ in range(2):  # as compute begins, and ends
+                if not torch.equal(self.slots_LS[layer][turn.slot]["w"], stored):
+                    self.tally.wrong_weights += 1
+                    break
+                time.sleep(self.dice.choice([0, 0, 0, 1e-4]))
             if number == leaves_at:
                 self.faults.note(leave)
                 if leave == "walked away":
+                    self.left = turns  # as a debugger or a traceback would
                     return
                 raise ConsumerError("injected")
 
     def check(self) -> None:
         """Everything works: every expert of every layer, twice, and sound tables after it."""
+        self.left = None
         for _ in range(2):
             for layer in range(self.L):
                 every = torch.eye(self.E)[torch.randperm(self.E)] * 9
@@ -310,10 +341,11 @@ def live(life, dice: random.Random, tally: Tally, until_s: float) -> None:
     """Work one life until its time is over, then see that it recovers."""
     life.faults.on = True
     while time.monotonic() < until_s:
+        life.faults.maybe_change_a_slot()
         try:
             life.work()
-        except (RuntimeError, ConsumerError):  # what faults are meant to become
-            tally.refusals += 1
+        except (RuntimeError, ConsumerError) as error:
+            tally.explain(error, life.faults.injected)
         tally.calls += 1
         tally.beat()
     life.faults.on = False
@@ -321,8 +353,8 @@ def live(life, dice: random.Random, tally: Tally, until_s: float) -> None:
         try:
             life.check()
             break
-        except RuntimeError:
-            tally.refusals += 1
+        except RuntimeError as error:
+            tally.explain(error, life.faults.injected)
             time.sleep(TIMEOUT_S / 2)
         tally.beat()
     else:
@@ -332,7 +364,12 @@ def live(life, dice: random.Random, tally: Tally, until_s: float) -> None:
 
 def watch(tally: Tally, ended: threading.Event) -> None:
     """End the process where an operation hangs: with every stack, and status 1."""
-    while not ended.wait(1.0):
+    while not ended.wait(0.1):
+        if tally.moves is not None:  # as an exporter of metrics would, at any moment
+            try:
+                tally.moves.metrics().as_dict()
+            except Exception as error:
+                tally.unexplained.append(f"metrics(): {type(error).__name__}: {error}")
         if time.monotonic() - tally.beat_s > HANG_S:
             tally.hangs += 1
             faulthandler.dump_traceback(all_threads=True)
@@ -369,6 +406,7 @@ def main() -> int:
             is_model = tally.lives % 3 == 2
             kind, source = (ModelLife, expected) if is_model else (OffloaderLife, folder)
             life = kind(source, dice, tally, args.sabotage)
+            tally.moves = life.offloader
             try:
                 live(life, dice, tally, min(time.monotonic() + LIFE_S, start_s + args.seconds))
             finally:

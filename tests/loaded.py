@@ -4,10 +4,11 @@ import torch
 
 from mixtral import logits_of, prompt
 from moe_gpu.huggingface.checkpoint import (
-    checkpoint_dtype,
+    config_dtype,
     load_generation_config,
     meta_model,
     read_config,
+    stored_dtype,
 )
 from moe_gpu.huggingface.families import MoEBlock
 from moe_gpu.huggingface.loading import load_dense
@@ -30,7 +31,7 @@ def load(folder, dtype=None, device="cpu", **arguments):
     """The dense part of a model, and its experts on disk."""
     config = read_config(folder)
     shards = Shards(folder)
-    model = meta_model(config, dtype or checkpoint_dtype(config, shards))
+    model = meta_model(config, dtype or config_dtype(config) or stored_dtype(shards))
     blocks = blocks_of(model)
     load_dense(model, blocks, shards, device, **arguments)
     load_generation_config(model, folder)

@@ -6,20 +6,20 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from checkpoints import save
 from loaded import assert_same_model, load
 from mixtral import make_config, make_model
 from moe_gpu.huggingface import checkpoint
 from moe_gpu.huggingface.checkpoint import (
+    add_weights,
     check_quantization,
-    checkpoint_dtype,
+    config_dtype,
     meta_model,
     read_config,
     resolve,
+    stored_dtype,
     weight_bytes,
 )
 from moe_gpu.offload.shards import CheckpointError, Shards
@@ -28,6 +28,7 @@ from moe_gpu.offload.shards import CheckpointError, Shards
 def test_resolves_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
+    assert add_weights(tmp_path, tmp_path) == tmp_path  # nothing to download
     (tmp_path / "file").touch()
     for wrong in (tmp_path / "none", "file", "./none", "a/b/c"):
         with pytest.raises(
@@ -58,7 +59,9 @@ def test_downloads_only_what_it_reads(weight_map, files, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert resolve("org/model-1.0", revision="main", token="t") == tmp_path / "c0ffee"
+    folder = resolve("org/model-1.0", revision="main", token="t")
+    assert folder == tmp_path / "c0ffee" and len(calls) == 1
+    assert add_weights(folder, "org/model-1.0", token="t") == folder
     (first, asked), (second, weights) = calls
     assert first == second == "org/model-1.0"
     assert asked["token"] == weights["token"] == "t"
@@ -77,7 +80,7 @@ def test_an_index_on_the_hub_is_checked_before_it_is_followed(tmp_path, monkeypa
         checkpoint, "snapshot_download", lambda *_, **kw: calls.append(kw) or str(tmp_path)
     )
     with pytest.raises(CheckpointError, match="maps a to"):
-        resolve("org/model")
+        add_weights(resolve("org/model"), "org/model")
     assert len(calls) == 1
 
 
@@ -124,14 +127,15 @@ def test_weight_bytes_counts_tied_weights_once():
 
 
 def test_dtype_of_the_checkpoint(tmp_path):
-    config = make_config()
     save_file({"a": torch.zeros(1, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="dtype must be given: neither config nor weights"):
-        checkpoint_dtype(config, Shards(tmp_path))
+        stored_dtype(Shards(tmp_path))
     save_file({"a": torch.zeros(1).half()}, tmp_path / "model.safetensors")
-    assert checkpoint_dtype(config, Shards(tmp_path)) == torch.float16
+    assert stored_dtype(Shards(tmp_path)) == torch.float16
+    config = make_config()
+    assert config_dtype(config) is None
     config.dtype = torch.bfloat16
-    assert checkpoint_dtype(config, Shards(tmp_path)) == torch.bfloat16
+    assert config_dtype(config) == torch.bfloat16
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [24, 20]}
@@ -141,21 +145,21 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [24, 20]}
 @pytest.mark.parametrize(
     "found, message",
     [
-        ({"quant_method": "gptq", "bits": 4}, r"\(quant_method=gptq, bits=4\)"),
-        ({"quant_method": "compressed-tensors", "format": "pack"}, "tensors, format=pack"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bytes, load_in_4bit=True"),
-        ({"quant_method": "fp8", "weight_block_size": None}, r"\(quant_method=fp8\)"),
-        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "fp8, weight_block_size"),
-        ({"quant_method": "fp8", "weight_block_size": [1, 128, 128]}, "fp8, weight_block_size"),
-        (FP8 | {"fmt": "e5m2"}, "fmt=e5m2"),
+        ({"quant_method": "gptq", "bits": 4}, r"\(gptq, 4 bits\)"),
+        ({"quant_method": "compressed-tensors", "format": "pack"}, r"\(compressed-tensors, pack\)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"\(bitsandbytes, 4 bits\)"),
+        ({"quant_method": "fp8", "weight_block_size": None}, r"\(fp8\)"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"\(fp8\)"),
+        ({"quant_method": "fp8", "weight_block_size": [1, 128, 128]}, r"\(fp8\)"),
+        (FP8 | {"fmt": "e5m2"}, r"\(fp8, e5m2\)"),
     ],
 )
 def test_refuses_quantized_checkpoints(found, message, dequantize):
     config = make_config()
     config.quantization_config = found
-    size = "0.0 GB"
+    size = weight_bytes(meta_model(config, torch.bfloat16))
     with pytest.raises(
-        ValueError, match=rf"quantized .*{message}.*bfloat16 the model takes {size}$"
+        ValueError, match=rf"quantized {message}.* take {size:,} bytes \(0.0 GiB\)$"
     ):
         check_quantization(config, dequantize)
 
@@ -168,7 +172,7 @@ def test_says_how_large_and_that_float8_could_be_converted():
     assert check_quantization(config) is None and check_quantization(config, True) is None
     config.quantization_config = FP8
     assert check_quantization(config, dequantize=True) == (24, 20)
-    with pytest.raises(ValueError, match="takes 93.4 GB; dequantize=True converts it"):
+    with pytest.raises(ValueError, match=r"\(87.0 GiB\); load\(..., dequantize=True\) converts"):
         check_quantization(config)
 
 

@@ -1,6 +1,7 @@
 """python -m moe_gpu plan: Mixtral-8x7B by hand, what is printed, and refusals."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -368,3 +369,22 @@ def test_a_child_process():
     plan = json.loads(child.stdout)
     assert plan["model"]["expert_bytes"] == 3 * 256 * 192 * 2
     assert plan["device"]["slots_per_layer"] == 4 and not plan["device"]["pool"]
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_who_leaves(buffered):
+    """As `| head -1` does once it has its line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "moe_gpu", "plan"]
+    child = subprocess.run(
+        [*command, "examples/tiny_mixtral"],
+        cwd=ROOT,
+        env=env,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (child.returncode, child.stderr) == (141, "")

@@ -87,3 +87,26 @@ def test_learning_replaces_the_affinity_of_one_layer():
     history.learn(1, [0.125, 0.0])
     history.learn(2, [1.0, 0.75])
     assert history.affinity == [0, 0, 0.125, 0, 1, 0.75]
+
+
+def test_recalls_what_another_run_said():
+    old = History(2, 3)
+    for layer, keys in ((0, [0, 1]), (1, [3]), (0, [1]), (1, [4]), (0, [])):
+        old.touch(layer, keys)
+    new = History(2, 3)
+    for layer in range(2):
+        keys = range(3 * layer, 3 * layer + 3)
+        new.recall(layer, [old.age(key) for key in keys], [old.uses(key) for key in keys])
+    used = [0, 1, 3, 4]
+    assert [new.age(key) for key in used] == [old.age(key) for key in used] == [2, 1, 1, 0]
+    assert [new.uses(key) for key in range(6)] == [1, 2, 0, 1, 1, 0]
+    assert min(new.age(2), new.age(5)) > 2, "never needed is older than any"
+    new.touch(0, [2])
+    assert (new.age(2), new.age(1), new.age(0)) == (0, 2, 3)
+
+
+def test_recalls_that_nobody_was_used():
+    history = History(1, 2)
+    history.recall(0, [7, 7], [0, 0])
+    history.touch(0, [1])
+    assert history.age(1) == 0 < history.age(0)

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def test_wheel_imports(wheel, tmp_path):
     files = run_python(tmp_path, SHOW, cwd=tmp_path).split()
     want = ["moe_gpu/__init__.py", "moe_gpu/kernels/route.py"]
     assert files == [str(tmp_path / name) for name in want]
+
+
+def test_wheel_installs_the_command(wheel, tmp_path):
+    version = setup_keyword("version")
+    wheel.extractall(tmp_path)
+    (command,) = Distribution.at(tmp_path / f"moe_gpu-{version}.dist-info").entry_points
+    assert (command.group, command.name) == ("console_scripts", "moe-gpu")
+    # what pip writes into bin/
+    script = (
+        "import sys; sys.argv = ['moe-gpu', 'plan', '--help']\n"
+        f"from {command.module} import {command.attr}; sys.exit({command.attr}())"
+    )
+    shown = run_python(tmp_path, script, cwd=tmp_path)
+    assert shown.startswith("usage: moe-gpu plan ")
 
 
 def test_editable_install_imports(tree, tmp_path):

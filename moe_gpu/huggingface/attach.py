@@ -2,7 +2,8 @@
 
 import itertools
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,6 @@ from ..offload.slots import warn_few_slots
 from ..offload.tiers import Tier, available_memory, host_budget, place
 from ..policies import MassBudget, Policy
 from ..state import RouterState
-from .budget import memory_needs
 from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
 from .families import MoEBlock, find_blocks
 from .options import Options, SlotChoice
@@ -60,7 +60,7 @@ class AttachedMoE(NotCopyable):
         self._configs = []
         self._own_forwards: list[tuple[nn.Module, object]] = []
         self._hooks = []
-        self._held: list[threading.RLock] = []  # one per forward under way
+        self._held = threading.local()  # .locks: one per forward under way on the thread
         self._counters = CounterMirror(self.state.counters_LC)
         self._attached = self._closed = False
 
@@ -113,18 +113,27 @@ class AttachedMoE(NotCopyable):
             raise
         self._attached = True
 
-    def _enter(self, module, args) -> None:
+    def _lock(self) -> threading.RLock:
+        """Return the offloader's lock, held by this thread."""
         lock = self.offloader.lock
         if not lock.acquire(timeout=FORWARD_S):
             raise RuntimeError(
                 f"another thread has been running this model for {FORWARD_S:g} s: its calls wait "
                 "for each other"
             )
-        self._held.append(lock)
+        return lock
+
+    def _enter(self, module, args) -> None:
+        lock = self._lock()
+        if not self._attached:  # ended while this thread waited: no hook will call _leave
+            lock.release()
+            return
+        self._held.__dict__.setdefault("locks", []).append(lock)
 
     def _leave(self, module, args, output) -> None:
-        if self._held:  # none where a hook before ours raised
-            self._held.pop().release()
+        # none where the hook before ours raised, or ours did, while another thread's forward ran
+        if locks := self._held.__dict__.get("locks"):
+            locks.pop().release()
 
     def _undo(self) -> None:
         """Take back what :meth:`_attach` did, as far as it got; can be called again.
@@ -172,15 +181,14 @@ class AttachedMoE(NotCopyable):
             RuntimeError: Already detached, or called from inside an expert.
             MemoryError: A loaded model that host memory has no room for; nothing has changed.
         """
-        self._check_can_end("detach")
-        if self._weights.loaded:
-            needed, free = self._host_memory_to_detach(), available_memory()
-            if free is not None and needed > free:
-                raise MemoryError(
-                    f"detach() puts the whole model into host memory: that takes {needed:,} bytes "
-                    f"more, {free:,} are available; close() frees the model instead"
-                )
-        with self.offloader.lock:
+        with self._alone("detach"):
+            if self._weights.loaded:
+                needed, free = self._host_memory_to_detach(), available_memory()
+                if free is not None and needed > free:
+                    raise MemoryError(
+                        f"detach() puts the whole model into host memory: that takes {needed:,} "
+                        f"bytes more, {free:,} are available; close() frees the model instead"
+                    )
             self._undo()
             self._attached = False
 
@@ -201,10 +209,26 @@ class AttachedMoE(NotCopyable):
         Raises:
             RuntimeError: Already detached or closed, or called from inside an expert.
         """
-        self._check_can_end("close")
-        with self.offloader.lock:
+        with self._alone("close"):
             self._abandon()
             self._attached, self._closed = False, True
+
+    @contextmanager
+    def _alone(self, verb: str) -> Iterator[None]:
+        """Hold the lock while the model ends."""
+        self._check_can_end(verb)
+        lock = self._lock()
+        try:
+            self._check_can_end(verb)  # again: another thread may have been first
+            yield
+            self._leave_all()
+        finally:
+            lock.release()
+
+    def _leave_all(self) -> None:
+        """Give up the locks of this thread's forwards: the hook that would is gone."""
+        while self._held.__dict__.get("locks"):
+            self._leave(self.model, None, None)
 
     @property
     def _status(self) -> str:
@@ -257,9 +281,12 @@ class AttachedMoE(NotCopyable):
     def save_residency(self, path: str | Path) -> None:
         """Write who is resident and how hot each expert is, for ``residency=`` of a later start.
 
-        The file appears whole or not at all (safetensors). Synchronises.
+        The file appears whole or not at all (safetensors). Synchronises, and waits for a forward
+        on another thread.
         """
-        Residency.of(self.offloader).save(path)
+        with self.offloader.lock:
+            kept = Residency.of(self.offloader)
+        kept.save(path)
 
     def __enter__(self) -> "AttachedMoE":
         return self
@@ -379,11 +406,7 @@ def attach(
     layout, num_experts = common_layout(blocks)
     own_device = _only_device(model)
     options = Options(**options)
-    needs = None
-    if options.gpu_memory is not None:
-        needs = memory_needs(model, blocks, layout, context_tokens, options.most_staging)
-    top_k = blocks[0].router.top_k
-    choice = options.choose_slots(len(blocks), num_experts, top_k, needs)
+    choice = options.choose_slots(model, blocks, layout, num_experts)
     kept = None
     if residency is not None:
         kept = Residency.load(residency)
@@ -407,7 +430,7 @@ def attach(
         )
         moe = AttachedMoE(model, blocks, gates, ExpertWeights(model, blocks, store), own_device)
         moe._attach(choice, options, kept)
-    warn_of_few_slots(choice, len(blocks), top_k)
+    warn_of_few_slots(choice, blocks)
     return moe
 
 
@@ -429,9 +452,10 @@ def make_gates(
     ]
 
 
-def warn_of_few_slots(choice: SlotChoice, num_layers: int, top_k: int) -> None:
+def warn_of_few_slots(choice: SlotChoice, blocks: list[MoEBlock]) -> None:
     """Warn the caller's caller where one token alone needs more experts than there are slots."""
-    per_layer = choice.slots / num_layers if choice.pool else choice.slots
+    per_layer = choice.slots / len(blocks) if choice.pool else choice.slots
+    top_k = blocks[0].router.top_k
     if per_layer < top_k:
         warn_few_slots(per_layer, top_k, stacklevel=4)
 

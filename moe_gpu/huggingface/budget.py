@@ -14,8 +14,6 @@ _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS |= {f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
 
-STAGING_SLOTS = 2  # one is computed from while the next is filled; untuned
-
 
 def parse_bytes(name: str, amount: int | str, minimum: int = 1) -> int:
     """Return a number of bytes from an int or from text such as ``"20GiB"`` or ``"512 MB"``.

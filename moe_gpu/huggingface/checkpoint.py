@@ -2,6 +2,7 @@
 
 import copy
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from transformers import (
 
 from ..offload.headers import INDEX, SINGLE, read_index
 from ..offload.shards import Shards
+from .quantized import find_quantization, float8_block_size, refuse_quantized
 
 # what a model and its tokenizer need beside the weights, from the top of a repository only
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-_FORMAT_KEYS = ("bits", "fmt", "format", "load_in_4bit", "load_in_8bit", "weight_block_size")
 
 
 def resolve(
@@ -30,9 +31,7 @@ def resolve(
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """Return the folder of a checkpoint, downloading it from the hub if it is not a folder.
-
-    Only JSON, tokenizer files and the safetensors that the checkpoint consists of are downloaded.
+    """Return the folder of a checkpoint; of one on the hub, all but the weights is downloaded.
 
     Args:
         path_or_id: A local folder, or an id such as ``"mistralai/Mixtral-8x7B-v0.1"``.
@@ -42,32 +41,64 @@ def resolve(
 
     Raises:
         ValueError: Neither a folder nor an id.
-        CheckpointError: The repository has no safetensors, or an index that is refused.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_id)) is None:
         raise ValueError(f"path_or_id must be a folder or an id on the hub, got {path_or_id!r}")
-    where = {"cache_dir": cache_dir, "token": token, "ignore_patterns": ["*/*"]}
-    repository = str(path_or_id)
-    folder = Path(
-        snapshot_download(repository, revision=revision, allow_patterns=_SMALL_FILES, **where)
-    )
-    files = set(read_index(folder).values()) if (folder / INDEX).is_file() else {SINGLE}
-    # of the same commit; other safetensors of the repository may be the whole model once more
-    files = [glob.escape(name) for name in sorted(files)]
-    return Path(snapshot_download(repository, revision=folder.name, allow_patterns=files, **where))
+    return _download(path_or_id, _SMALL_FILES, revision, cache_dir=cache_dir, token=token)
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the config of a checkpoint; code that comes with it is not run.
+def add_weights(
+    folder: Path,
+    path_or_id: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Return the folder once it holds the safetensors that the checkpoint consists of.
+
+    Args:
+        folder: From :func:`resolve`, as are the arguments.
+        path_or_id: See there, as for the two below.
+        cache_dir: See there.
+        token: See there.
 
     Raises:
-        ValueError: A model type that transformers does not know.
-        OSError: No config.json.
+        CheckpointError: The repository has an index that is refused.
     """
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if Path(path_or_id).expanduser().is_dir():
+        return folder
+    files = set(read_index(folder).values()) if (folder / INDEX).is_file() else {SINGLE}
+    # other safetensors of the repository may be the whole model once more
+    files = [glob.escape(name) for name in sorted(files)]
+    # the folder's name is the commit
+    return _download(path_or_id, files, folder.name, cache_dir=cache_dir, token=token)
+
+
+def _download(path_or_id, files: list[str], revision: str | None, **where) -> Path:
+    """Download files from the top of a repository."""
+    patterns = {"allow_patterns": files, "ignore_patterns": ["*/*"]}
+    return Path(snapshot_download(str(path_or_id), revision=revision, **patterns, **where))
+
+
+def read_config(model: str | Path) -> PreTrainedConfig:
+    """Return the config of a folder, of a JSON file or of a hub id; runs no remote code.
+
+    Raises:
+        ValueError: Neither of these, or a config that transformers cannot read.
+    """
+    name = str(model)
+    local = os.path.exists(name)  # pathlib's raises for a name that is too long
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"model {name}: the folder has no config.json")
+    if not local and not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?(?<!\.json)", name):
+        raise ValueError(f"model {name}: there is no such folder or file")
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # a damaged file raises what its reader happens to raise
+        raise ValueError(f"model {name}: {_first_line(error)}") from error
 
 
 def check_quantization(
@@ -84,27 +115,14 @@ def check_quantization(
         ValueError: Quantised, and either not to be converted or of a format that is not read:
             names the format and the size of the model in bfloat16.
     """
-    found = getattr(config, "quantization_config", None)
+    found = find_quantization(config)
     if found is None:
         return None
-    found = found if isinstance(found, dict) else found.to_dict()
-    method, block_size = found.get("quant_method"), found.get("weight_block_size")
-    convertible = (
-        method == "fp8"
-        and found.get("fmt", "e4m3") == "e4m3"
-        and isinstance(block_size, list | tuple)
-        and len(block_size) == 2
-        and all(type(n) is int and n >= 1 for n in block_size)
-    )
-    if convertible and dequantize:
-        return tuple(block_size)
-    details = [f"{key}={found[key]}" for key in _FORMAT_KEYS if found.get(key)]
-    size = weight_bytes(meta_model(config, torch.bfloat16))
-    advice = "; dequantize=True converts it while loading" if convertible else ""
-    raise ValueError(
-        f"the checkpoint is quantized ({', '.join([f'quant_method={method}', *details])}), which "
-        f"is not computed with, and in bfloat16 the model takes {size / 1e9:,.1f} GB{advice}"
-    )
+    block_size = float8_block_size(found)
+    if block_size is None or not dequantize:
+        size = weight_bytes(meta_model(config, torch.bfloat16, attention="eager"))
+        refuse_quantized(config, size, convertible=block_size is not None)
+    return block_size
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -112,21 +130,27 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(tensor.nbytes for tensor in {id(t): t for t in _saved(model).values()}.values())
 
 
-def checkpoint_dtype(config: PreTrainedConfig, shards: Shards) -> torch.dtype:
-    """Return the dtype that a checkpoint is meant for: the config's, else its first float tensor's.
+def config_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the dtype that a config, or its text part, names."""
+    dtype = config.dtype or config.get_text_config().dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def stored_dtype(shards: Shards) -> torch.dtype:
+    """Return the dtype of the first floating point tensor of a checkpoint.
 
     Raises:
-        ValueError: The config does not say and there is none.
+        ValueError: There is none.
     """
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
     for span in shards.tensors.values():
         if span.dtype.is_floating_point:
             return span.dtype
     raise ValueError(f"dtype must be given: neither config nor weights in {shards.folder} tell")
 
 
-def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
+) -> PreTrainedModel:
     """Return the model on device meta, in eval mode, weights tied as the config says.
 
     Parameters have the dtype with which ``from_pretrained`` would load them, which for a few is
@@ -135,12 +159,25 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     Args:
         config: Of a model for causal language modelling.
         dtype: Of the weights.
+        attention: Implementation of attention. Default: the config's, which may need a package
+            that is not installed.
+
+    Raises:
+        ValueError: A config from which transformers cannot build a model.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    choice = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False, **choice
+            )
+    except Exception as error:  # sizes that do not go together raise anything
+        raise ValueError(
+            f"no model can be built from the {config.model_type} config: {_first_line(error)}"
+        ) from error
     plan = model._get_dtype_plan(dtype)
     for name, tensor in _saved(model).items():
         for pattern, kept in plan.items():
@@ -165,3 +202,8 @@ def load_generation_config(model: PreTrainedModel, folder: Path) -> None:
 def _saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers by name, the objects themselves."""
     return model.state_dict(keep_vars=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

@@ -1,5 +1,6 @@
 """Load a checkpoint that is larger than the GPU, and larger than host memory if need be."""
 
+import functools
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,18 +15,21 @@ from ..offload.residency import Residency
 from ..offload.shards import Shards
 from ..offload.tiers import Tier, available_memory, host_budget, place
 from .attach import AttachedMoE, make_gates, warn_of_few_slots
-from .budget import memory_needs, parse_bytes
+from .budget import parse_bytes
 from .checkpoint import (
+    add_weights,
     check_quantization,
-    checkpoint_dtype,
+    config_dtype,
     load_generation_config,
     meta_model,
     read_config,
     resolve,
+    stored_dtype,
 )
 from .families import MoEBlock, find_blocks
-from .loading import load_dense, locate_experts
+from .loading import load_dense
 from .options import Options
+from .origins import locate_experts
 from .weights import ExpertWeights, common_layout
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -86,22 +90,23 @@ def load(
     dtype, device = _check_dtype(dtype), _check_device(device)
     kept = None if options.residency is None else Residency.load(options.residency)
 
-    folder = resolve(path_or_id, revision=revision, cache_dir=cache_dir, token=token)
+    # whatever can be refused is refused before weights are downloaded
+    hub = {"cache_dir": cache_dir, "token": token}
+    folder = resolve(path_or_id, revision=revision, **hub)
     config = read_config(folder)
     block_size = check_quantization(config, dequantize)
     # tensors made in inference mode could not be written outside it
     with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
-        shards = undo.enter_context(Shards(folder))
-        model = meta_model(config, dtype or checkpoint_dtype(config, shards))
+
+        @functools.cache
+        def weights() -> Shards:
+            return undo.enter_context(Shards(add_weights(folder, path_or_id, **hub)))
+
+        model = meta_model(config, dtype or config_dtype(config) or stored_dtype(weights()))
         blocks = find_blocks(model)
         layout, E = common_layout(blocks, on_meta=True)
-        L, top_k = len(blocks), blocks[0].router.top_k
-        needs = None
-        if options.gpu_memory is not None:
-            needs = memory_needs(
-                model, blocks, layout, options.context_tokens, options.most_staging
-            )
-        choice = options.choose_slots(L, E, top_k, needs)
+        L = len(blocks)
+        choice = options.choose_slots(model, blocks, layout, E)
         if kept is not None:
             kept.check(L, E)
         cuda = device.type == "cuda"
@@ -113,6 +118,7 @@ def load(
             L, E, layout.expert_bytes, pinned if cuda else 0, host, on_disk=True,
             heat=None if kept is None else kept.heat(),
         )  # fmt: skip
+        shards = weights()
         files = DiskExperts(layout, shards, locate_experts(model, blocks, shards), block_size)
 
         gates = make_gates(blocks, E, options, device)
@@ -126,11 +132,11 @@ def load(
             for layer in range(L):
                 store.read(layer, bar.update)
         load_generation_config(model, folder)
-        weights = ExpertWeights(model, blocks, store, loaded=True)
-        moe = AttachedMoE(model, blocks, gates, weights, torch.device("cpu"))
+        owner = ExpertWeights(model, blocks, store, loaded=True)
+        moe = AttachedMoE(model, blocks, gates, owner, torch.device("cpu"))
         moe._attach(choice, options, kept)
         undo.pop_all()  # all is well: files and store are the model's now
-    warn_of_few_slots(choice, L, top_k)
+    warn_of_few_slots(choice, blocks)
     return model, moe
 
 

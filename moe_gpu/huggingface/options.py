@@ -5,14 +5,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from transformers import PreTrainedModel
+
 from ..gate import MoEGate
-from ..offload import EvictionPolicy
+from ..offload import EvictionPolicy, ExpertLayout
 from ..offload.eviction import DEFAULT, eviction_policy
 from ..offload.offloader import STAGING_SLOTS, check_timeout
 from ..offload.prefetch import check_predictors
 from ..offload.slots import check_slots
 from ..policies import MassBudget, Policy
-from .budget import MemoryNeeds, check_context_tokens, parse_bytes, slots_of_share
+from .budget import (
+    MemoryNeeds,
+    check_context_tokens,
+    memory_needs,
+    parse_bytes,
+    slots_of_share,
+)
+from .families import MoEBlock
 
 
 class SlotChoice(NamedTuple):
@@ -118,21 +127,23 @@ class Options:
         return STAGING_SLOTS if self.staging_slots is None else self.staging_slots
 
     def choose_slots(
-        self, num_layers: int, num_experts: int, top_k: int, needs: MemoryNeeds | None
+        self, model: PreTrainedModel, blocks: list[MoEBlock], layout: ExpertLayout, num_experts: int
     ) -> SlotChoice:
         """Return how many slots there are and who shares them.
 
         Args:
-            num_layers: MoE layers L.
+            model: The model; its weights may be on the meta device.
+            blocks: Its MoE blocks.
+            layout: Of their experts.
             num_experts: Experts per layer E.
-            top_k: Experts per token K.
-            needs: Memory beside the slots; only where ``gpu_memory`` is given.
 
         Raises:
-            TypeError, ValueError: Slots outside their bounds, or a budget that is too small.
+            TypeError: Slots that are no number.
+            ValueError: Slots outside their bounds, or a budget that is too small.
         """
-        L, E = num_layers, num_experts
-        if needs is not None:
+        L, E, top_k = len(blocks), num_experts, blocks[0].router.top_k
+        if self.gpu_memory is not None:
+            needs = memory_needs(model, blocks, layout, self.context_tokens, self.most_staging)
             return self._within(parse_bytes("gpu_memory", self.gpu_memory), E, top_k, needs)
         if self.resident is not None:
             per_layer = slots_of_share(self.resident, E)

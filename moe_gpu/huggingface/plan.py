@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from ..offload.offloader import STAGING_SLOTS
 from ..offload.tiers import Tier, available_memory, host_budget, place
-from .budget import STAGING_SLOTS, MemoryNeeds, SlotBudget, memory_needs, parse_bytes
+from .budget import MemoryNeeds, SlotBudget, memory_needs, parse_bytes
+from .checkpoint import check_quantization, config_dtype, meta_model, read_config
 from .families import find_blocks
-from .meta import config_dtype, meta_layout, meta_model, read_config
-from .quantized import describe_quantization, refuse_quantized
+from .weights import common_layout
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -227,15 +228,15 @@ def _check(name, value, is_within, bound):
 
 
 def _count(config, dtype, context_tokens) -> tuple[ModelSizes, MemoryNeeds]:
-    if describe_quantization(config) is not None:
-        model = meta_model(config, torch.bfloat16)
-        refuse_quantized(config, sum(parameter.numel() for parameter in model.parameters()) * 2)
+    check_quantization(config)
     if dtype == "auto":
-        model = meta_model(config, config_dtype(config) or torch.bfloat16)
+        dtype = config_dtype(config) or torch.bfloat16
     else:
-        model = meta_model(config, getattr(torch, dtype))
+        dtype = getattr(torch, dtype)
+    model = meta_model(config, dtype, attention="eager")  # the config's may not be installed here
     blocks = find_blocks(model)
-    layout, num_experts, top_k = meta_layout(blocks)
+    layout, num_experts = common_layout(blocks, on_meta=True)
+    top_k = blocks[0].router.top_k
     sizes = ModelSizes(
         model_type=config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),

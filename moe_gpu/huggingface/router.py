@@ -71,11 +71,12 @@ class RoutedForward(NotCopyable):
             raise RuntimeError(
                 "an attached model is for inference: call eval() or torch.no_grad(), or detach()"
             )
-        if experts.config._experts_implementation != NAME:
+        # a config's own look-up runs Python code, which every layer and step would pay
+        selected = object.__getattribute__(experts.config, "_experts_implementation_internal")
+        if selected != NAME:
             raise RuntimeError(
-                f"{self._block.name}: the experts implementation was changed to "
-                f"{experts.config._experts_implementation!r} while attached; set it to {NAME!r} "
-                "again, or detach()"
+                f"{self._block.name}: the experts implementation was changed to {selected!r} "
+                f"while attached; set it to {NAME!r} again, or detach()"
             )
         for name, address in self._addresses:
             if experts._parameters[name].data_ptr() != address:

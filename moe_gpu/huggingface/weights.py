@@ -121,6 +121,7 @@ class ExpertWeights:
                 parameter.requires_grad_(requires_grad)
             self.store.drop(layer)
             self._taken.pop()
+        self.store.close()
         self._remove_hooks()
 
     def give_up(self) -> None:

@@ -127,6 +127,10 @@ class DiskExperts:
         for part in self._expert(layer, expert):
             self._shards.drop_cache(part.span, *self._in_tensor(part))
 
+    def close(self) -> None:
+        """Close the files: reading is an error from now on. Can be called again."""
+        self._shards.close()
+
     def _expert(self, layer: int, expert: int) -> tuple[_Part, ...]:
         for name, value, size in (
             ("layer", layer, self.num_layers),

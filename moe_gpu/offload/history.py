@@ -46,12 +46,22 @@ class History:
         first = layer * self.num_experts
         self.affinity[first : first + self.num_experts] = affinity_E
 
+    def recall(self, layer: int, ages_E: Sequence[int], uses_E: Sequence[int]) -> None:
+        """Take over what :meth:`age` and :meth:`uses` said of a layer's experts in another run."""
+        first = layer * self.num_experts
+        used = [age for age, uses in zip(ages_E, uses_E, strict=True) if uses]
+        self._steps_L[layer] = 1 + max(used, default=-1)
+        for key, (age, uses) in enumerate(zip(ages_E, uses_E, strict=True), start=first):
+            self._last_step[key] = self._steps_L[layer] - age if uses else 0
+            self._uses[key] = uses
+
     def age(self, key: int) -> int:
         """Return how many steps of its layer ago a key was last needed: 0 is the newest step.
 
         A key that was never needed is older than any other.
         """
-        return self._steps_L[key // self.num_experts] - self._last_step[key] + self._never(key)
+        age = self._steps_L[key // self.num_experts] - self._last_step[key]
+        return age if self._uses[key] else age + 1 + max(self._steps_L)
 
     def uses(self, key: int) -> int:
         """Return how many steps have needed a key."""
@@ -60,6 +70,3 @@ class History:
     def wait(self, key: int) -> int:
         """Return how many other layers run before the key's layer runs again, in [0, L)."""
         return (key // self.num_experts - self._layer - 1) % self.num_layers
-
-    def _never(self, key: int) -> int:
-        return 0 if self._uses[key] else 1 + max(self._steps_L)

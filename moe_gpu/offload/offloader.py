@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from .eviction import DEFAULT, Affinity, EvictionPolicy, eviction_policy
 from .history import History
 from .layout import checksum
 from .pager import Copy, CopyState, Pager
-from .plan import Load, Plan, Rank, Turn, checked, plan_step
+from .plan import Load, NoRoom, Plan, Rank, Turn, checked, plan_step
 from .prefetch import PrefetchAccount, check_predictors, hottest_missing, place_for
 from .slots import NONE, SlotTable, check_slots, warn_few_slots
 from .store import ExpertStore
@@ -291,10 +291,12 @@ class ExpertOffloader:
                 ``stream_prefill``.
 
         Raises:
-            RuntimeError: No new route call, a record that does not have N pairs, or a load that
-                failed (names layer, expert, slot and cause). Nothing hangs on to a slot, and the
+            RuntimeError: Closed, no new route call, a record that does not have N pairs, or a load
+                that failed (names layer, expert, slot and cause). Nothing hangs on to a slot, and the
                 next step works.
         """
+        if not self.views_L:
+            raise RuntimeError("the offloader is closed")
         running = self._running_L[layer] and self._running_L[layer]()
         if running is not None:
             running.close()
@@ -313,7 +315,7 @@ class ExpertOffloader:
         self._count(layer, spans, record)
         self._settle()
         self._drop_stale(layer, needed)
-        plan = self._plan(layer, needed, record, is_prefill)
+        plan = self._with_room(layer, lambda: self._plan(layer, needed, record, is_prefill))
         self._waves += plan.waves
 
         leased = set()
@@ -330,7 +332,9 @@ class ExpertOffloader:
                 self._stream_ahead(layer)
             elif self.predictors and not is_prefill:
                 self._order_prefetches(layer, record)
-            for key, slot in self._in_order(layer, plan, streams):
+            # the plan's order, unless a slot is waited for
+            turns = self._in_order(layer, plan, streams) if plan.follow or streams else plan.turns
+            for key, slot in turns:
                 self._arrive(layer, key, slot)
                 yield ExpertTurn(key - first, slot, *spans[key - first])
                 if slot >= self.num_slots:
@@ -400,8 +404,11 @@ class ExpertOffloader:
             raise RuntimeError(f"layer {layer} has not been routed since its last step")
         self._record_L[layer] = record
         spans, start = {}, 0
-        for expert in np.flatnonzero(record.executed_E).tolist():
-            spans[expert] = (start, start := start + int(record.executed_E[expert]))
+        executed = record.executed_E.nonzero()[0]
+        for expert, tokens in zip(
+            executed.tolist(), record.executed_E[executed].tolist(), strict=True
+        ):
+            spans[expert] = (start, start := start + tokens)
         if start != pairs:
             raise RuntimeError(
                 f"layer {layer}: the last route call executed {start} pairs, this step has {pairs}"
@@ -425,11 +432,51 @@ class ExpertOffloader:
                 counts.unique_misses += 1
         self._background += max(0, record.num_requests - (counts.unique_misses - missed))
 
+    def _with_room(self, layer: int, plan: Callable[[], Plan]) -> Plan:
+        """Return the plan, once copies that nobody needs any more have left it enough slots."""
+        while True:
+            try:
+                return plan()
+            except NoRoom:
+                if not self._wait_for_room(layer):
+                    raise
+
+    def _wait_for_room(self, layer: int) -> bool:
+        """Wait for one of the copies that hold slots which the layer could use; False if none."""
+        table = self.tables[layer]
+        failed = (CopyState.FAILED, CopyState.CANCELLED)  # what they hold, a step is reading
+        flights = [
+            flight
+            for flight in self._flights.values()
+            if self.tables[flight.copy.layer] is table and flight.copy.state not in failed
+        ]
+        flights += [f for f in self._staging if f is not None and not f.copy.is_over()]
+        if not flights:
+            return False
+        flight = min(flights, key=lambda flight: flight.copy.number)
+        self._pager.promote(flight.copy)
+        start_s = time.perf_counter()
+        try:
+            self._pager.wait(flight.copy)
+        except RuntimeError as error:
+            if not flight.copy.is_over():
+                raise self._failed(flight, error) from error
+        finally:
+            self._counts_L[layer].stall_s += time.perf_counter() - start_s
+        if flight in self._staging:
+            if flight.copy.layer == layer or not self._runs(flight.copy.layer):
+                self._leave_staging(self._staging.index(flight))
+        elif flight.copy.state is CopyState.ISSUED:
+            self._land(flight)
+        else:
+            self._settle()
+        return True
+
     def _plan(self, layer: int, needed: list[int], record: StepRecord, is_prefill: bool) -> Plan:
         arriving = [
             (flight.copy.number, flight.key, self.num_slots + i)
             for i, flight in enumerate(self._staging)
-            if flight is not None and flight.copy.layer == layer and flight.key in needed
+            if self._is_staged(flight, layer, needed)
         ]
         staged = {key: slot for _, key, slot in sorted(arriving)}
         return plan_step(
@@ -535,7 +582,8 @@ class ExpertOffloader:
         if flight.is_prefetch:
             self._prefetched.issued += 1
             flight.is_prefetch = False
-        if self._flights.pop((copy.layer, copy.expert), None) is not None:
+        if self._flights.get((copy.layer, copy.expert)) is flight:  # else it is a staging slot's
+            del self._flights[copy.layer, copy.expert]
             self.tables[copy.layer].release(flight.key)
             self._changed.add(copy.layer)
 
@@ -546,6 +594,8 @@ class ExpertOffloader:
         if found != self.store.checksum(layer, expert):
             if slot < self.num_slots:
                 self._spoiled.add((layer, key))
+            else:
+                self._staging[slot - self.num_slots] = None
             raise RuntimeError(
                 f"layer {layer}: the weights in slot {slot} are not those stored for expert "
                 f"{expert}: checksum {found:#x}, stored {self.store.checksum(layer, expert):#x}"
@@ -565,18 +615,21 @@ class ExpertOffloader:
     def _settle(self) -> None:
         """Take note of copies that are over and that nobody waits for."""
         for flight in list(self._flights.values()):
-            if flight.copy.state is CopyState.ISSUED:
-                if self._transfer.is_complete(flight.copy.place):
-                    self._land(flight)
-            elif flight.copy.is_over():
-                self._crash(flight)
+            if not flight.copy.is_over():
+                continue
+            if flight.copy.state is not CopyState.ISSUED:
+                # unless a step is about to compute from the slot: it shall find the error
+                if self.tables[flight.copy.layer].leases_S[flight.slot] == 1:
+                    self._crash(flight)
+            elif self._transfer.is_complete(flight.copy.place):
+                self._land(flight)
         for i, flight in enumerate(self._staging):
             if flight is not None and flight.copy.is_over():
-                if flight.copy.state is not CopyState.ISSUED:
-                    self._count_failed(flight)
-                    self._staging[i] = None
-                elif flight.copy.priority is Priority.URGENT and not self._runs(flight.copy.layer):
-                    self._staging[i] = None  # of a step that was left before its turn
+                copy = flight.copy
+                # urgent: of a step that was left before its turn
+                is_left = copy.priority is Priority.URGENT and not self._runs(copy.layer)
+                if is_left or copy.state is not CopyState.ISSUED:
+                    self._leave_staging(i)
 
     def _runs(self, layer: int) -> bool:
         turns = self._running_L[layer] and self._running_L[layer]()
@@ -675,7 +728,7 @@ class ExpertOffloader:
         self, layer: int, key: int, priority: Priority, *, must_earn: bool, keep: list[int]
     ) -> None:
         table = self.tables[layer]
-        if table.is_resident(key):
+        if table.is_resident(key) or any(self._is_staged(f, layer, [key]) for f in self._staging):
             return
         place = place_for(table, key, self._ranks[layer], must_earn=must_earn, keep=keep)
         if place is None:
@@ -694,22 +747,35 @@ class ExpertOffloader:
             if stale and self._pager.cancel(flight.copy):
                 self._crash(flight)
         for i, flight in enumerate(self._staging):
-            if flight is None or (flight.copy.layer == layer and flight.key in wanted):
-                continue
-            if self._pager.cancel(flight.copy):
-                self._count_failed(flight)
-                self._staging[i] = None
-            elif flight.copy.is_over():
+            if flight is None or (flight.copy.layer != layer and self._runs(flight.copy.layer)):
+                continue  # a step that this one is taken in the middle of computes from it
+            if self._is_staged(flight, layer, wanted):
                 if flight.is_prefetch:
-                    self._land(flight)
-                    self._prefetched.wasted_bytes += self.store.layout.expert_bytes
-                self._staging[i] = None
-        for flight in self._staging:
-            if flight is not None and flight.is_prefetch and flight.copy.layer == layer:
-                self._prefetched.useful += 1
-                if not flight.copy.is_over():
-                    self._prefetched.late += 1
-                    self._pager.promote(flight.copy)  # or loads ordered later would overtake it
+                    self._prefetched.useful += 1
+                    if not flight.copy.is_over():
+                        self._prefetched.late += 1
+                        self._pager.promote(flight.copy)  # or later loads would overtake it
+            elif self._pager.cancel(flight.copy) or flight.copy.is_over():
+                self._leave_staging(i)
+
+    def _is_staged(self, flight: Flight | None, layer: int, wanted: Collection[int]) -> bool:
+        """Whether a staging slot has one of these experts; who has a slot by now needs none."""
+        return (
+            flight is not None
+            and flight.copy.layer == layer
+            and flight.key in wanted
+            and not self.tables[layer].is_resident(flight.key)
+        )
+
+    def _leave_staging(self, i: int) -> None:
+        """A copy into a staging slot is over, and nobody will compute from it."""
+        flight, self._staging[i] = self._staging[i], None
+        if flight.copy.state is not CopyState.ISSUED:
+            self._count_failed(flight)
+            return
+        if flight.is_prefetch:
+            self._prefetched.wasted_bytes += self.store.layout.expert_bytes
+        self._land(flight)
 
     def _can_stream(self, layer: int, pairs: int) -> bool:
         return (
@@ -760,9 +826,7 @@ class ExpertOffloader:
         with self.lock:
             self._settle()
             keys = [self.key_of(layer, expert) for expert in experts]
-            plan = plan_step(table, keys, self._ranks[layer])
-            if plan.follow:
-                raise RuntimeError(f"layer {layer}: a running step holds slots that warm() needs")
+            plan = self._with_room(layer, lambda: self._plan_to_warm(layer, keys))
             leased: set[int] = set()
             self._filling = True
             try:
@@ -778,6 +842,12 @@ class ExpertOffloader:
                 self._give_up(layer)
                 for changed in sorted(self._changed):
                     self._publish(changed)
+
+    def _plan_to_warm(self, layer: int, keys: list[int]) -> Plan:
+        plan = plan_step(self.tables[layer], keys, self._ranks[layer])
+        if plan.follow:
+            raise NoRoom(f"layer {layer}: a running step holds slots that warm() needs")
+        return plan
 
     def fill(self, order: Iterable[tuple[int, int]] | None = None) -> None:
         """Fill the slots, so that the cache starts full.

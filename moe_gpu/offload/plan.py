@@ -25,6 +25,10 @@ from .slots import SlotTable
 Rank = Callable[[list[int]], list[int]]
 
 
+class NoRoom(RuntimeError):
+    """Experts are missing, and every slot is leased to somebody else."""
+
+
 class Load(NamedTuple):
     """One expert to fetch."""
 
@@ -72,8 +76,8 @@ def plan_step(
             or pass through. Needs a staging slot.
 
     Raises:
-        RuntimeError: Experts are missing and every slot is leased to somebody else, or the ranking
-            does not hold what it was given.
+        NoRoom: Experts are missing, and every slot is leased to somebody else.
+        RuntimeError: The ranking does not hold what it was given.
     """
     wanted = set(needed)
     hits = [key for key in needed if table.is_resident(key)]
@@ -101,7 +105,7 @@ def plan_step(
             idle = [key for key in losers if key not in wanted]
         else:
             idle = rank(idle)
-        places += [(table.slot_of_X[key], key) for key in idle]
+        places += [(table.slot_of_X[key], key) for key in idle[: len(missing) - len(places)]]
 
     loads = [Load(key, slot, victim) for key, (slot, victim) in zip(joining, places, strict=False)]
     joiners, passers = joining[len(loads) :], sorted(set(missing) - set(joining))
@@ -134,9 +138,7 @@ def _succeed(table, hits, loads, rest, rank, turns, follow):
     holders = {key: table.slot_of_X[key] for key in hits if table.can_evict(key)}
     holders |= {load.key: load.slot for load in loads}
     if not holders:
-        raise RuntimeError(
-            f"experts {rest} are missing and all {len(table.key_in_S)} slots are leased"
-        )
+        raise NoRoom(f"experts {rest} are missing and all {len(table.key_in_S)} slots are leased")
     first = set(rank(list(holders))[: len(rest)])
     turns.sort(key=lambda turn: turn.key not in first)
     order = [turn.key for turn in turns] + [load.key for load in loads]

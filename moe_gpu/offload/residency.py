@@ -5,7 +5,7 @@ Shape suffixes: L layers, E experts.
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,39 +19,45 @@ FORMAT = "moe_gpu residency 1"
 
 @dataclass(frozen=True)
 class Residency:
-    """What a cache of experts knows that a fresh one does not.
+    """What a cache of experts knows that a fresh one does not, for any number of slots.
 
     Attributes:
         affinity_LE: float32, decayed activation history.
         activations_LE: int64, tokens that executed each expert.
         resident_LE: bool.
+        ages_LE: int64, steps of its layer since each expert was last needed.
+        uses_LE: int64, steps that needed each expert.
     """
 
     affinity_LE: torch.Tensor
     activations_LE: torch.Tensor
     resident_LE: torch.Tensor
+    ages_LE: torch.Tensor
+    uses_LE: torch.Tensor
 
     @classmethod
     def of(cls, offloader: ExpertOffloader) -> "Residency":
         """Read an offloader's residency and history. Synchronises."""
         state = offloader.state
         resident_LE = torch.zeros(state.num_layers, state.num_experts, dtype=torch.bool)
+        ages_LE = torch.zeros(state.num_layers, state.num_experts, dtype=torch.int64)
+        uses_LE = torch.zeros_like(ages_LE)
         for layer in range(state.num_layers):
             resident_LE[layer, offloader.residents(layer)] = True
-        return cls(state.affinity_LE.cpu().clone(), state.activations_LE.cpu().clone(), resident_LE)
+            history, first = offloader.histories[layer], offloader.key_of(layer, 0)
+            keys = range(first, first + state.num_experts)
+            ages_LE[layer] = torch.tensor([history.age(key) for key in keys])
+            uses_LE[layer] = torch.tensor([history.uses(key) for key in keys])
+        affinity_LE, activations_LE = state.affinity_LE.cpu(), state.activations_LE.cpu()
+        return cls(affinity_LE.clone(), activations_LE.clone(), resident_LE, ages_LE, uses_LE)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that appears whole or not at all."""
         path = Path(path)
-        tensors = {
-            "affinity": self.affinity_LE,
-            "activations": self.activations_LE,
-            "resident": self.resident_LE,
-        }
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         os.close(handle)
         try:
-            save_file(tensors, partial, metadata={"format": FORMAT})
+            save_file(vars(self), partial, metadata={"format": FORMAT})
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
@@ -62,18 +68,20 @@ class Residency:
         """Read a file of :meth:`save`.
 
         Raises:
-            FileNotFoundError: No such file.
+            OSError: No such file, or one that cannot be read.
             ValueError: Not such a file, or a damaged one.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != FORMAT:
                     raise ValueError(f"residency={str(path)!r} is not a file of save_residency()")
-                names = ("affinity", "activations", "resident")
-                affinity_LE, activations_LE, resident_LE = map(file.get_tensor, names)
+                found = {field.name: file.get_tensor(field.name) for field in fields(cls)}
         except SafetensorError as error:
             raise ValueError(f"residency={str(path)!r} cannot be read: {error}") from error
-        return cls(affinity_LE.float().nan_to_num(), activations_LE.long(), resident_LE.bool())
+        shapes = {tuple(tensor.shape) for tensor in found.values()}
+        if len(shapes) > 1 or len(*shapes) != 2 or not found["affinity_LE"].isfinite().all():
+            raise ValueError(f"residency={str(path)!r} is damaged: its tensors make no sense")
+        return cls(**found)
 
     def check(self, num_layers: int, num_experts: int) -> None:
         """Raise ``ValueError`` if this is of a model of other sizes."""
@@ -90,18 +98,13 @@ class Residency:
         return (self.affinity_LE + self.resident_LE * top).tolist()
 
     def restore(self, offloader: ExpertOffloader) -> None:
-        """Give an offloader this history, and its slots to the hottest experts.
-
-        Ages are restored in the order of affinity, which falls with every step without a use.
-        """
+        """Give an offloader this history, and its slots to the hottest experts."""
         state, heat = offloader.state, self.heat()
         state.affinity_LE.copy_(self.affinity_LE)
         state.activations_LE.copy_(self.activations_LE)
-        for layer, affinity_E in enumerate(self.affinity_LE.tolist()):
+        for layer in range(state.num_layers):
             history, row = offloader.histories[layer], offloader.row_of(layer)
-            history.learn(row, affinity_E)
-            used = [expert for expert, affinity in enumerate(affinity_E) if affinity > 0]
-            for expert in sorted(used, key=lambda expert: affinity_E[expert]):
-                history.touch(row, [offloader.key_of(layer, expert)])
+            history.learn(row, self.affinity_LE[layer].tolist())
+            history.recall(row, self.ages_LE[layer].tolist(), self.uses_LE[layer].tolist())
         pairs = [(la, e) for la in range(state.num_layers) for e in range(state.num_experts)]
         offloader.fill(sorted(pairs, key=lambda pair: (-heat[pair[0]][pair[1]], pair[1], pair[0])))

@@ -27,6 +27,9 @@ class ExpertFiles(Protocol):
     def drop_cache(self, layer: int, expert: int) -> None:
         """Tell the system that an expert's bytes will not be read again."""
 
+    def close(self) -> None:
+        """Nothing will be read again."""
+
 
 class ExpertStore:
     """Expert weights of all layers, each expert in its home tier.
@@ -235,9 +238,11 @@ class ExpertStore:
                 self.checksum(layer, expert)
 
     def close(self) -> None:
-        """Give up all layers."""
+        """Give up all layers, and the files."""
         for layer in range(self.num_layers):
             self.drop(layer)
+        if self.files is not None:
+            self.files.close()
 
     def _clear_padding(self, row_B: torch.Tensor) -> None:
         """Zero the bytes between parameters: a checksum covers them."""

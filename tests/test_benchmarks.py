@@ -1,0 +1,157 @@
+"""The benchmarks run on any machine, say what they measured on, and refuse to time wrong results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+PROFILING = Path(__file__).parents[1] / "profiling"
+CONDITIONS = {"device", "torch", "transformers", "python", "commit", "cores", "threads"}
+SPREAD = {"median", "p20", "p80", "p99"}
+
+
+def run(script, out, prelude=""):
+    """Run a benchmark on the CPU in a process of its own, after some lines of code."""
+    code = f"{prelude}\nimport runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = [PROFILING / script, "--device", "cpu", "--quick", "--out", out]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(PROFILING), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def results(script, folder):
+    done = run(script, folder / "out.json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    text = (folder / "out.md").read_text(encoding="utf-8")
+    assert set(content["conditions"]) >= CONDITIONS and content["conditions"]["quick"] is True
+    measured = next(line for line in text.splitlines() if line.startswith("Measured on:"))
+    for key in ("device", "torch", "commit"):
+        assert str(content["conditions"][key]) in measured
+    assert text.strip() in done.stdout  # the table that was printed
+    assert sorted(path.name for path in folder.iterdir()) == ["out.json", "out.md"]
+    return content, text
+
+
+def test_attached(tmp_path):
+    content, text = results("bench_attached.py", tmp_path)
+    fast = content["throughput"]
+    stocks = {f"stock, {name}" for name in ("eager", "grouped_mm", "batched_mm")}
+    ours = {"attached, Exact()", "attached, default"}
+    generating = {"generate(), stock", "generate(), attached, default"}
+    assert set(fast["tokens_per_s"]) == stocks | ours | generating
+    for name in ours:
+        assert set(fast["attached_over_stock"][name]) == stocks
+    for figures in fast["tokens_per_s"].values():
+        assert set(figures) == SPREAD and 0 < figures["p20"] <= figures["p80"]
+    assert fast["generate_picks"] and fast["route_path"] == "reference"
+
+    loads = {}
+    for row in content["overhead"]:
+        loads[row["resident"], row["policy"]] = row["loads_per_layer_and_step"]
+        for name in ("stock_us", "attached_us", "route_us", "offloader_us"):
+            assert row[name]["median"] > 0, name
+        # a round's parts fit into it
+        assert row["attached_us"]["p80"] > row["route_us"]["p20"] + row["offloader_us"]["p20"]
+        assert set(row["added_us"]) == set(row["added_without_route_us"]) == SPREAD
+    assert loads[1.0, "Exact()"] == loads[1.0, "default"] == 0 < loads[0.5, "Exact()"] <= 2
+
+    resident, half = content["profile"]
+    for case in (resident, half):
+        calls = {row["function"]: row["calls"] for row in case["functions"]}
+        assert calls["experts._mix"] == calls["record.read"] == 1
+        assert calls["offloader._turns"] == 3  # two experts, and the end
+        assert any(name.startswith("route call") for name in calls)
+    assert "plan.plan_step" in {row["function"] for row in half["functions"]}
+    assert "CPU time of the thread" in text
+
+
+def test_copies(tmp_path):
+    content, text = results("bench_copies.py", tmp_path)
+    copies, decode = content["throughput"], content["decode"]
+    assert {row["from"] for row in copies["rows"]} == {
+        "plain copy", "pageable", "disk, in the page cache", "disk, page cache dropped",
+    }  # fmt: skip
+    for row in copies["rows"]:
+        assert row["gb_per_s"]["median"] > 0 and row["over_plain_copy"]["median"] > 0
+        assert row["loads"] >= 8 and row["expert_mb"] == 1
+
+    rows = {row["decode"]: row for row in decode["rows"]}
+    moved = {name: row["mb_per_forward"]["median"] for name, row in rows.items()}
+    assert moved["stock, all resident"] == 0
+    assert moved["moe-gpu, Exact()"] == moved["synchronous copies, Exact()"] > 0
+    sizes = decode["model"]
+    expert = 3 * sizes["hidden_size"] * sizes["intermediate_size"] * 4 / 1e6
+    layers = sizes["num_hidden_layers"] * sizes["num_local_experts"] / 2
+    assert moved["whole layers (stand-in for device_map)"] == pytest.approx(layers * expert)
+    assert set(decode["moe_gpu_exact_over"]) == set(rows) - {"moe-gpu, Exact()"}
+    for reason in (copies["skipped"] | decode["skipped"]).values():
+        assert reason in text
+    assert {"pinned"} == set(copies["skipped"])
+    assert {"transformers device_map"} == set(decode["skipped"])
+
+
+WRONG_EXPERTS = """
+from moe_gpu.huggingface import experts
+mix = experts._mix
+experts._mix = lambda *arguments: mix(*arguments) * 1.01
+"""
+WRONG_BYTES = """
+from moe_gpu.offload.store import ExpertStore
+read_into = ExpertStore.read_into
+def one_byte_off(self, layer, expert, start, stop, out):
+    read_into(self, layer, expert, start, stop, out)
+    out[-1] += 1
+ExpertStore.read_into = one_byte_off
+"""
+
+
+@pytest.mark.parametrize(
+    "script, prelude, message",
+    [
+        ("bench_attached.py", WRONG_EXPERTS, "attached, Exact() is wrong"),
+        ("bench_copies.py", WRONG_BYTES, "is wrong: not timing it"),
+    ],
+)
+def test_refuses_to_time_what_is_wrong(script, prelude, message, tmp_path):
+    done = run(script, tmp_path / "out.json", prelude)
+    assert done.returncode == 1 and message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(PROFILING)
+    return pytest.importorskip("_bench")
+
+
+def test_every_round_starts_with_another_alternative(bench):
+    order = []
+    seconds = bench.interleave(
+        {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}, 3
+    )
+    assert "".join(order[3:]) == "abcbcacab"  # after the warm-up
+    assert seconds == {"a": [4, 9, 11], "b": [5, 7, 12], "c": [6, 8, 10]}
+    assert bench.ratio(seconds["a"], seconds["b"])["median"] == 11 / 12  # of 4/5, 9/7, 11/12
+
+
+def test_a_file_appears_whole_or_not_at_all(bench, tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "file.json"
+    bench.write_whole(path, "old")
+    monkeypatch.setattr(bench.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_what_was_not_measured_says_so(bench):
+    lines = bench.table([{"case": "a", "us": 1.25}, {"case": "bb", "us": None}]).splitlines()
+    assert lines[-1] == "| bb   | not measured |" and len({len(line) for line in lines}) == 1
