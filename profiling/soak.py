@@ -224,7 +224,7 @@ class OffloaderLife:
         if self.dice.random() < 0.1:
             layer = self.dice.randrange(self.L)
             count = self.dice.randint(0, min(self.offloader.num_slots, self.E))
-            free = count - len(self.offloader._flights)
+            free = count - len(self.offloader.flights.on_way)
             self.offloader.warm(layer, self.dice.sample(range(self.E), max(0, free)))
             return
         T = self.dice.choice([1, 1, 1, 2, 8, 80])
@@ -261,12 +261,12 @@ class OffloaderLife:
             for layer in range(self.L):
                 every = torch.eye(self.E)[torch.randperm(self.E)] * 9
                 self.step(layer, every, is_prefill=False)
-        for table in self.offloader.tables:
+        for table in self.offloader.cache.tables:
             table.check()
         E = self.E
         for layer in range(self.L):
-            first = self.offloader.key_of(layer, 0)
-            row = self.offloader.tables[layer].slot_of_X[first : first + E]
+            first = self.offloader.cache.key_of(layer, 0)
+            row = self.offloader.cache.tables[layer].slot_of_X[first : first + E]
             seen = self.state.slot_of_LE[layer].tolist()
             assert all(a in (b, -1) for a, b in zip(seen, row, strict=True)), (seen, row)
 

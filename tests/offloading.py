@@ -67,9 +67,9 @@ def run_step(offloader, weights, pairs, layer=0):
 def assert_consistent(offloader):
     """Between steps: tables are sound, nothing is leased, and the gate sees what is true."""
     E = offloader.state.num_experts
-    assert not offloader._flights
-    for layer, table in enumerate(offloader.tables):
+    assert not offloader.flights.on_way
+    for layer, table in enumerate(offloader.cache.tables):
         table.check()
         assert not any(table.leases_S)
-        first = offloader.key_of(layer, 0)
+        first = offloader.cache.key_of(layer, 0)
         assert offloader.state.slot_of_LE[layer].tolist() == table.slot_of_X[first : first + E]

@@ -268,7 +268,7 @@ def test_an_exception_in_the_middle_of_a_forward(model, all_resident):
         experts.act_fn = FailsOnce(own_act)
         with pytest.raises(FloatingPointError):
             prefill_and_decode(model)
-        for table in moe.offloader.tables:
+        for table in moe.offloader.cache.tables:
             table.check()
             assert not any(table.leases_S)
         assert torch.equal(prefill_and_decode(model), all_resident)

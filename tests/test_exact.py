@@ -144,8 +144,8 @@ def assert_adds_up(moe):
     assert sum(metrics.home_bytes.values()) == LAYERS * EXPERTS * EXPERT_BYTES
 
     wasted = metrics.prefetch_wasted_bytes // EXPERT_BYTES
-    waiting = sum(len(t.probation) for t in {id(t): t for t in offloader.tables}.values())
-    staged = sum(f is not None and f.copy.is_over() for f in offloader._staging)
+    waiting = sum(len(t.probation) for t in {id(t): t for t in offloader.cache.tables}.values())
+    staged = sum(f is not None and f.copy.is_over() for f in offloader.flights.staging)
     assert metrics.prefetch_failed == metrics.pager_restarts == 0
     assert metrics.prefetch_late <= metrics.prefetch_useful
     assert metrics.prefetch_useful + wasted <= metrics.prefetch_issued
@@ -154,14 +154,14 @@ def assert_adds_up(moe):
     urgent = metrics.loads - metrics.prefetch_issued
     assert urgent <= metrics.unique_misses <= urgent + metrics.prefetch_useful
 
-    for layer, table in enumerate(offloader.tables):
+    for layer, table in enumerate(offloader.cache.tables):
         table.check()
         assert sum(table.leases_S) == sum(
-            offloader.tables[flight.copy.layer] is table for flight in offloader._flights.values()
+            offloader.cache.tables[flight.copy.layer] is table for flight in offloader.flights.on_way.values()
         )
-        first = offloader.key_of(layer, 0)
+        first = offloader.cache.key_of(layer, 0)
         slot_of_E = table.slot_of_X[first : first + EXPERTS]
-        for flight in offloader._flights.values():
+        for flight in offloader.flights.on_way.values():
             if flight.copy.layer == layer:
                 slot_of_E[flight.copy.expert] = -1
         assert moe.state.slot_of_LE[layer].tolist() == slot_of_E

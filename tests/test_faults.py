@@ -40,11 +40,16 @@ from moe_gpu.huggingface.attach import AttachedMoE  # noqa: F401 - the modules b
 from moe_gpu.offload import pinning
 from moe_gpu.offload.shards import CheckpointError
 from moe_gpu.offload.tiers import Tier
-from offloading import assert_consistent, make_offloader, route, run_step
+from offloading import assert_consistent, make_offloader, route
 
 LOAD, ATTACH = (inspect.getmodule(function) for function in (moe_gpu.load, moe_gpu.attach))
 FAILED = r"layer (\d): loading expert (\d) into slot \d of \d failed: "
 SLOW = EXPERT_BYTES * 1e-9 / 0.02  # gbps: 20 ms an expert
+
+
+@pytest.fixture(autouse=True)
+def no_long_wait_for_a_lock(monkeypatch):
+    monkeypatch.setattr(ATTACH, "FORWARD_S", 20.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -490,8 +495,8 @@ def test_an_exception_in_the_middle_of_a_forward(folder, reference, number, opti
         for layer in range(LAYERS):
             with at_expert(model, layer, number, boom), pytest.raises(Boom):
                 logits_of(model, prompt(0, tokens=12))
-            assert not any(any(table.leases_S) for table in moe.offloader.tables) or (
-                moe.offloader._flights
+            assert not any(any(table.leases_S) for table in moe.offloader.cache.tables) or (
+                moe.offloader.flights.on_way
             ), "a lease of nobody"
             ids = prompt(5)
             assert torch.equal(logits_of(model, ids), reference.logits(ids))
@@ -523,50 +528,6 @@ def test_another_layer_inside_an_expert(folder, reference):
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
         assert len(found) == 8
         assert_next_forward_is_right(model, moe, reference)
-
-
-def test_a_failed_prefetch_that_a_step_is_about_to_compute_from(monkeypatch):
-    """The failure is noticed by somebody else's step; the slot is not computed from all the same."""
-    offloader, weights = make_offloader(
-        layers=2, slots=4, pool=False, prefetch=["affinity"], link_gbps=512e-9 / 0.02
-    )
-    hold, good = threading.Event(), offloader.store.read_into
-
-    def read_into(layer, expert, *args):
-        if (layer, expert) == (1, 6):
-            hold.wait(20)
-            raise OSError("disk on fire")
-        good(layer, expert, *args)
-
-    monkeypatch.setattr(offloader.store, "read_into", read_into)
-    route(offloader.state, [[6, 7]], layer=1)  # gives 6 the affinity that earns a slot
-    table = offloader.tables[1]
-    offloader.histories[1].affinity[6] = 9.0
-    route(offloader.state, [[0, 1]], layer=0)
-    run_until_done(offloader, 0)
-    assert table.is_resident(6) and (1, 6) in offloader._flights
-    turns = offloader.step(1, 2)  # 6 counts as resident, its copy is under way
-    hold_then_fail = threading.Timer(0.2, hold.set)
-    hold_then_fail.start()
-    copy = offloader._flights[1, 6].copy
-    route(offloader.state, [[0, 1]], layer=0)
-    with pytest.raises(RuntimeError, match="layer 1: loading expert 6 .*disk on fire"):
-        for _ in turns:
-            while not copy.is_over():
-                time.sleep(0.005)
-            list(offloader.step(0, 2))  # settles what is over
-            route(offloader.state, [[0, 1]], layer=0)
-    assert not table.is_resident(6)
-    monkeypatch.undo()
-    list(offloader.step(0, 2))
-    route(offloader.state, [[6, 7]], layer=1)
-    assert set(run_step(offloader, weights, 2, layer=1)) == {6, 7}
-    offloader.close()
-
-
-def run_until_done(offloader, layer):
-    for _ in offloader.step(layer, 2):
-        pass
 
 
 # -- threads
@@ -679,9 +640,9 @@ def test_fork_while_copies_are_queued(folder, reference):
     with moe:
         for _ in range(20):
             logits_of(model, prompt(3, tokens=1))
-            if moe.offloader._flights:
+            if moe.offloader.flights.on_way:
                 break
-        assert moe.offloader._flights, "no copy is under way"
+        assert moe.offloader.flights.on_way, "no copy is under way"
 
         def child():
             assert torch.equal(logits_of(model, ids), wanted)
@@ -695,10 +656,10 @@ def test_fork_while_copies_are_queued(folder, reference):
 
 
 def assert_nothing_leased_without_a_copy(offloader):
-    for table in {id(table): table for table in offloader.tables}.values():
+    for table in {id(table): table for table in offloader.cache.tables}.values():
         table.check()
         flights = [
-            f for f in offloader._flights.values() if offloader.tables[f.copy.layer] is table
+            f for f in offloader.flights.on_way.values() if offloader.cache.tables[f.copy.layer] is table
         ]
         assert sum(table.leases_S) == len(flights)
 
@@ -747,10 +708,10 @@ def leave_copies(stuck):
         good(copy, start, stop)
     moves._pager._piece = piece
     for expert in range(4):
-        moves.histories[1].affinity[expert] = 1.0
+        moves.cache.histories[1].affinity[expert] = 1.0
         route(moves.state, [[0, 1]], layer=0)
         list(moves.step(0, 2))
-    assert len(moves._flights) == 4
+    assert len(moves.flights.on_way) == 4
     return moves
 
 keep = [leave_copies(False), leave_copies(True)]
@@ -775,10 +736,10 @@ def test_an_offloader_is_collected_with_copies_in_flight():
         layers=2, slots=4, fill=False, prefetch=["affinity"], link_gbps=512e-9 / 0.05
     )
     for expert in range(3):
-        offloader.histories[1].affinity[expert] = 1.0
+        offloader.cache.histories[1].affinity[expert] = 1.0
         route(offloader.state, [[0, 1]], layer=0)
         list(offloader.step(0, 2))
-    assert offloader._flights
+    assert offloader.flights.on_way
     thread = offloader._pager._thread
     memory = [weakref.ref(m.untyped_storage()) for m in offloader._transfer.memory_G]
     gone = weakref.ref(offloader)

@@ -13,7 +13,7 @@ from offloading import assert_consistent, make_offloader, make_store, route, run
 
 def test_starts_with_the_first_experts():
     offloader, _ = make_offloader(layers=2, slots=3)
-    assert offloader.tables[1].slot_of_X == [0, 1, 2, -1, -1, -1, -1, -1]
+    assert offloader.cache.tables[1].slot_of_X == [0, 1, 2, -1, -1, -1, -1, -1]
     assert_consistent(offloader)
     assert (offloader.metrics().filled, offloader.metrics().loads) == (6, 0)
 
@@ -23,8 +23,8 @@ def test_hits_first_then_loads_with_the_spans_of_sorted_pairs():
     route(offloader.state, [[5, 2], [2, 0], [5, 2]])
     turns = list(offloader.step(0, 6))
     assert [(t.expert, t.start, t.stop) for t in turns] == [(0, 0, 1), (2, 1, 4), (5, 4, 6)]
-    assert turns[2].slot == offloader.tables[0].slot_of_X[5]
-    assert offloader.tables[0].residents() == [0, 2, 3, 5], "1 had the lowest affinity and id"
+    assert turns[2].slot == offloader.cache.tables[0].slot_of_X[5]
+    assert offloader.cache.tables[0].residents() == [0, 2, 3, 5], "1 had the lowest affinity and id"
 
 
 def test_counts_add_up():
@@ -54,7 +54,7 @@ def test_exact_and_once_under_random_histories(slots, eviction):
         layer, T = step % 2, dice.choice([1, 1, 1, 2, 12])
         chosen = [dice.sample(range(8), 2) for _ in range(T)]
         needed = {expert for experts in chosen for expert in experts}
-        loads += len(needed - set(offloader.tables[layer].residents()))
+        loads += len(needed - set(offloader.cache.tables[layer].residents()))
         route(offloader.state, chosen, layer)
         order = run_step(offloader, weights, 2 * T, layer)
         assert sorted(order) == sorted(needed)
@@ -66,7 +66,7 @@ def test_an_expert_loaded_and_evicted_in_one_step_is_not_resident():
     offloader, weights = make_offloader(slots=2, fill=False)
     route(offloader.state, [[3, 4], [5, 6], [6, 7]])
     run_step(offloader, weights, 6)
-    assert sorted(offloader.tables[0].residents()) != [3, 4]
+    assert sorted(offloader.cache.tables[0].residents()) != [3, 4]
     assert (offloader.state.slot_of_LE[0] >= 0).sum() == 2
 
 
@@ -124,7 +124,7 @@ def test_a_failed_load_names_it_and_the_next_step_works(monkeypatch):
     ):
         list(offloader.step(1, 4))
     assert_consistent(offloader)
-    assert not offloader.tables[1].is_resident(6) and offloader.tables[1].is_resident(5)
+    assert not offloader.cache.tables[1].is_resident(6) and offloader.cache.tables[1].is_resident(5)
     monkeypatch.undo()
     route(offloader.state, [[0, 5], [6, 7]], layer=1)
     assert sorted(run_step(offloader, weights, 4, layer=1)) == [0, 5, 6, 7]
@@ -164,7 +164,7 @@ def test_warm_keeps_what_it_can_and_evicts_by_policy():
     route(offloader.state, [[0, 2]])
     run_step(offloader, weights, 2)
     offloader.warm(0, [7, 2])
-    assert offloader.tables[0].residents() == [0, 2, 7], "1 was used longest ago"
+    assert offloader.cache.tables[0].residents() == [0, 2, 7], "1 was used longest ago"
     assert (offloader.metrics().loads, offloader.metrics().filled) == (0, 4)
     assert_consistent(offloader)
 
@@ -191,7 +191,7 @@ def test_warm_does_not_take_slots_from_a_running_step():
     for _ in offloader.step(0, 2):
         with pytest.raises(RuntimeError, match="running step|leased"):
             offloader.warm(0, [4, 5])
-    assert offloader.tables[0].residents() == [0, 1]
+    assert offloader.cache.tables[0].residents() == [0, 1]
 
 
 @pytest.mark.parametrize(

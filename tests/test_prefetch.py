@@ -106,7 +106,7 @@ def test_a_prediction_becomes_a_hit(gated):
     route(offloader.state, [[0, 1]])
     predict(offloader, 1, [0, 6])  # 6 is not resident
     run_step_with_flights(offloader, weights, 2)
-    until(lambda: all(f.copy.is_over() for f in offloader._flights.values()))
+    until(lambda: all(f.copy.is_over() for f in offloader.flights.on_way.values()))
     offloader.before_route(1)
     assert 6 in offloader.residents(1) and offloader.state.slot_of_LE[1, 6] >= 0
     route(offloader.state, [[0, 6]], layer=1)
@@ -114,7 +114,7 @@ def test_a_prediction_becomes_a_hit(gated):
     metrics = offloader.metrics()
     assert (metrics.prefetch_issued, metrics.prefetch_useful, metrics.prefetch_late) == (1, 1, 0)
     assert metrics.layers[1].unique_misses == 0 and metrics.loads == 1
-    assert not offloader.tables[1].probation, "its first use ends probation"
+    assert not offloader.cache.tables[1].probation, "its first use ends probation"
 
 
 def run_step_with_flights(offloader, weights, pairs, layer=0):
@@ -143,7 +143,7 @@ def test_a_late_prediction_is_waited_for_and_not_fetched_twice(gated):
 
 def test_a_wrong_prediction_is_taken_back_before_it_costs_anything(gated):
     offloader, weights, gate = gated(prefetch=["next_gate"])
-    blocker = offloader._fly(0, 7, offloader.tables[0].evict(3), _background())  # the link is busy
+    blocker = offloader.flights.begin(0, 7, offloader.cache.tables[0].evict(3), _background())  # the link is busy
     until(lambda: blocker.copy.state.value == "running")
     route(offloader.state, [[0, 1]])
     predict(offloader, 1, [6, 0])
@@ -168,7 +168,7 @@ def test_a_useless_prefetch_is_counted_when_it_leaves(gated):
     route(offloader.state, [[0, 1]])
     predict(offloader, 1, [6, 0])
     run_step_with_flights(offloader, weights, 2)
-    until(lambda: all(f.copy.is_over() for f in offloader._flights.values()))
+    until(lambda: all(f.copy.is_over() for f in offloader.flights.on_way.values()))
     for chosen in ([2, 3], [4, 5], [1, 7], [2, 0]):  # nobody wants 6
         route(offloader.state, [chosen], layer=1)
         run_step(offloader, weights, 2, layer=1)
@@ -185,7 +185,7 @@ def test_swapped_away_experts_are_fetched_in_the_background(gated):
         route(offloader.state, [[1, 5]], rule=Rule.BONUS, second=[0])
         offloader.state.strength_L.fill_(9.0)
         run_step_with_flights(offloader, weights, 2)
-        until(lambda: all(f.copy.is_over() for f in offloader._flights.values()))
+        until(lambda: all(f.copy.is_over() for f in offloader.flights.on_way.values()))
         offloader.before_route(0)
     assert 5 in offloader.residents(0)
     assert offloader.metrics().loads_by_tier["pageable"] == offloader.metrics().loads >= 1
@@ -194,11 +194,11 @@ def test_swapped_away_experts_are_fetched_in_the_background(gated):
 def test_the_hottest_missing_expert_of_the_next_layer_is_fetched(gated):
     offloader, weights, gate = gated(prefetch=["affinity"], eviction="affinity")
     gate.set()
-    history = offloader.histories[1]
+    history = offloader.cache.histories[1]
     history.learn(0, [0.1, 0.2, 0.3, 0.4, 0.0, 0.0, 0.35, 0.0])
     route(offloader.state, [[0, 1]])
     run_step_with_flights(offloader, weights, 2)
-    until(lambda: all(f.copy.is_over() for f in offloader._flights.values()))
+    until(lambda: all(f.copy.is_over() for f in offloader.flights.on_way.values()))
     offloader.before_route(1)
     assert offloader.residents(1) == [1, 2, 3, 6], "0 was the coldest"
     route(offloader.state, [[0, 1]])
@@ -220,7 +220,7 @@ def test_a_failed_prefetch_is_counted_and_the_step_loads_it_itself(gated):
     route(offloader.state, [[0, 1]])
     predict(offloader, 1, [6, 0])
     run_step_with_flights(offloader, weights, 2)
-    until(lambda: all(f.copy.is_over() for f in offloader._flights.values()))
+    until(lambda: all(f.copy.is_over() for f in offloader.flights.on_way.values()))
     route(offloader.state, [[0, 6]], layer=1)
     assert sorted(run_step(offloader, weights, 2, layer=1)) == [0, 6]
     metrics = offloader.metrics()

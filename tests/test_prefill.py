@@ -67,14 +67,14 @@ def test_the_next_layers_experts_come_while_this_layer_computes(monkeypatch, sta
     assert metrics.prefetch_issued == metrics.prefetch_useful == 2 * staging_slots
     assert metrics.prefetch_wasted_bytes == 0
     assert_consistent(offloader)
-    assert offloader._staging == [None] * staging_slots, "nothing is fetched past the last layer"
+    assert offloader.flights.staging == [None] * staging_slots, "nothing is fetched past the last layer"
 
 
 def test_what_was_streamed_for_nothing_is_counted_and_its_slot_is_free_again(monkeypatch):
     monkeypatch.setattr(offloader_module, "STREAM_PAIRS", 1)
     offloader, weights = make_offloader(**OPTIONS | {"stream_prefill": True, "prefill": "keep"})
     prefill(offloader, weights, EVERYBODY, layer=0)
-    for flight in offloader._staging:
+    for flight in offloader.flights.staging:
         offloader._pager.wait(flight.copy)  # 4 and 5 of layer 1 are there
     assert sorted(prefill(offloader, weights, [[0, 4], [6, 7]], layer=1)) == [0, 4, 6, 7]
     metrics = offloader.metrics()
@@ -86,7 +86,7 @@ def test_what_was_streamed_for_nothing_is_counted_and_its_slot_is_free_again(mon
 def test_a_short_prefill_does_not_stream():
     offloader, weights = make_offloader(**OPTIONS | {"stream_prefill": True})
     prefill(offloader, weights, EVERYBODY)  # one pair per expert
-    assert offloader._staging == [None, None]
+    assert offloader.flights.staging == [None, None]
 
 
 def test_decode_after_a_prefill_left_in_the_middle(monkeypatch):
@@ -105,4 +105,4 @@ def test_decode_after_a_prefill_left_in_the_middle(monkeypatch):
             assert torch.equal(weight, weights[layer]["down_proj"][expert])
             order.append(expert)
         assert sorted(order) == [4, 6]
-    assert offloader._staging == [None, None]
+    assert offloader.flights.staging == [None, None]

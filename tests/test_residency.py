@@ -65,7 +65,7 @@ def test_everything_comes_back_bit_for_bit(way, folder, used, tmp_path):
         assert torch.equal(state.activations_LE, kept.activations_LE)
         assert before.loads == 0 and before.filled == LAYERS * 4 and before.tokens == 0
         assert residents(moe) == [row.nonzero().flatten().tolist() for row in kept.resident_LE]
-        assert [h.affinity for h in moe.offloader.histories] == kept.affinity_LE.tolist()
+        assert [h.affinity for h in moe.offloader.cache.histories] == kept.affinity_LE.tolist()
         moe.save_residency(tmp_path / "again")
     again = Residency.load(tmp_path / "again")
     for name, tensor in vars(kept).items():

@@ -106,7 +106,7 @@ def test_compute_reads_the_right_bytes_whatever_the_timing(fake_cuda, seed, slot
             reads.append(torch.equal(weight, weights[layer][name][expert]))
 
     def published(layer):
-        return list(moves._published_LE[layer])
+        return list(moves._view.published_LE[layer])
 
     def look(layer, truth):
         reads.append(state.slot_of_LE[layer].tolist() == truth)
@@ -125,7 +125,7 @@ def test_compute_reads_the_right_bytes_whatever_the_timing(fake_cuda, seed, slot
         if dice.random() < 0.4:  # changes residency while all of that is still queued
             truth = published(layer)
             compute.queue(lambda la=layer, t=truth: look(la, t))
-            free = slots - len(moves._flights)
+            free = slots - len(moves.flights.on_way)
             if free > 0:
                 moves.warm(layer, dice.sample(range(6), dice.randint(1, free)))
     cuda.run_all()

@@ -1,4 +1,4 @@
-"""Whom to fetch before a step asks: decisions in plain Python, and an account of what they cost.
+"""Whom to fetch before a step asks.
 
 Three predictors, each with its own switch and all off by default:
 
@@ -14,8 +14,15 @@ slots may be on probation at a time.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
+import numpy as np
+import torch
+
+from ..kernels import layout as record_layout
+from ..record import StepRecord
+from ..requests import Priority
+from .cache import Cache
+from .flights import Flights
 from .plan import Rank
 from .slots import SlotTable
 
@@ -71,13 +78,73 @@ def hottest_missing(table: SlotTable, keys: Sequence[int], affinity: Sequence[fl
     return max(missing, key=lambda key: (affinity[key], -key), default=None)
 
 
-@dataclass
-class PrefetchAccount:
-    """What prefetching has cost and brought; fields as in :class:`moe_gpu.metrics.Metrics`."""
+class Prefetcher:
+    """Asks the predictors after each decode step, and orders what has a place.
 
-    issued: int = 0
-    useful: int = 0
-    late: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    wasted_bytes: int = 0
+    Attributes:
+        predictors: Those that are on.
+
+    Args:
+        predictors: See above.
+        cache: Who is in which slot.
+        flights: Orders copies.
+    """
+
+    def __init__(self, predictors: frozenset[str], cache: Cache, flights: Flights):
+        self.predictors = predictors
+        self._cache, self._flights = cache, flights
+        self._prediction: tuple[int, torch.Tensor] | None = None
+        self._landing: torch.Tensor | None = None  # page-locked
+
+    def wants_prediction(self, layer: int) -> bool:
+        """Whether :meth:`predict` for this layer would be used."""
+        return "next_gate" in self.predictors and layer < self._cache.num_layers
+
+    def predict(self, layer: int, ids_TK: torch.Tensor) -> None:
+        """Take the experts that a layer will probably route to; the device is not waited for."""
+        if ids_TK.is_cuda:
+            if self._landing is None or self._landing.numel() < ids_TK.numel():
+                self._landing = torch.empty(ids_TK.numel(), dtype=ids_TK.dtype, pin_memory=True)
+            # lands before the record, whose read waits for the stream
+            landing = self._landing[: ids_TK.numel()].copy_(ids_TK.reshape(-1), non_blocking=True)
+            self._prediction = layer, landing
+        else:
+            self._prediction = layer, ids_TK
+
+    def order(self, layer: int, record: StepRecord) -> None:
+        """Order prefetches while a layer computes whose record this is."""
+        cache, ahead = self._cache, layer + 1
+        keep: list[int] = []
+        if self._prediction is not None and self._prediction[0] == ahead:
+            ids, self._prediction = self._prediction[1], None
+            counts_E = np.bincount(ids.reshape(-1).numpy(), minlength=cache.num_experts)
+            order = np.argsort(-counts_E, kind="stable")
+            keep = [cache.key_of(ahead, int(expert)) for expert in order if counts_E[expert]]
+            for key in keep:
+                self._fetch(ahead, key, Priority.PREFETCH, must_earn=False, keep=keep)
+        if "background" in self.predictors:
+            wanted = np.flatnonzero(record.priority_E == record_layout.PRIORITY_BACKGROUND)
+            for expert in wanted.tolist():
+                key = cache.key_of(layer, expert)
+                self._fetch(layer, key, Priority.BACKGROUND, must_earn=True, keep=keep)
+        if "affinity" in self.predictors:
+            ahead %= cache.num_layers
+            table, affinity = cache.tables[ahead], cache.histories[ahead].affinity
+            hottest = hottest_missing(table, cache.keys_of(ahead), affinity)
+            if hottest is not None:
+                self._fetch(ahead, hottest, Priority.PREFETCH, must_earn=True, keep=keep)
+
+    def _fetch(
+        self, layer: int, key: int, priority: Priority, *, must_earn: bool, keep: list[int]
+    ) -> None:
+        table, flights = self._cache.tables[layer], self._flights
+        if table.is_resident(key) or flights.staged(layer, [key]):
+            return
+        place = place_for(table, key, self._cache.ranks[layer], must_earn=must_earn, keep=keep)
+        if place is None:
+            return
+        slot, victim = place
+        if victim is not None:
+            flights.evict(layer, victim)
+        flights.begin(layer, key, slot, priority)
+        table.probation.add(key)

@@ -44,7 +44,7 @@ class Residency:
         uses_LE = torch.zeros_like(ages_LE)
         for layer in range(state.num_layers):
             resident_LE[layer, offloader.residents(layer)] = True
-            history, first = offloader.histories[layer], offloader.key_of(layer, 0)
+            history, first = offloader.cache.histories[layer], offloader.cache.key_of(layer, 0)
             keys = range(first, first + state.num_experts)
             ages_LE[layer] = torch.tensor([history.age(key) for key in keys])
             uses_LE[layer] = torch.tensor([history.uses(key) for key in keys])
@@ -103,7 +103,7 @@ class Residency:
         state.affinity_LE.copy_(self.affinity_LE)
         state.activations_LE.copy_(self.activations_LE)
         for layer in range(state.num_layers):
-            history, row = offloader.histories[layer], offloader.row_of(layer)
+            history, row = offloader.cache.histories[layer], offloader.cache.row_of(layer)
             history.learn(row, self.affinity_LE[layer].tolist())
             history.recall(row, self.ages_LE[layer].tolist(), self.uses_LE[layer].tolist())
         pairs = [(la, e) for la in range(state.num_layers) for e in range(state.num_experts)]
