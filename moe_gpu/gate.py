@@ -226,7 +226,9 @@ class MoEGate(nn.Module):
         else:
             with self._timer.call(logits.device):
                 weights_TK, ids_TK = route(scores, self.state, self.layer, **arguments)
-        self._last_path = route_path(logits.device)
+        path = route_path(logits.device)
+        if path != self._last_path:  # a module's attributes are slow to set
+            self._last_path = path
         if needs_grad:
             wide = logits if logits.dtype == torch.float64 else logits.float()
             weights_TK = mixing_weights(wide, ids_TK, self.renormalize)

@@ -17,6 +17,7 @@ from .requests import Direction, PagingRequest, Priority
 from .state import RouterState
 from .waiting import wait_event
 
+FIELDS = layout.RECORD_FIELDS
 _PRIORITY_OF_CODE = {
     layout.PRIORITY_URGENT: Priority.URGENT,
     layout.PRIORITY_BACKGROUND: Priority.BACKGROUND,
@@ -36,8 +37,10 @@ class StepRecord(NamedTuple):
     @classmethod
     def from_row(cls, row_R: np.ndarray) -> "StepRecord":
         """Name the parts of a record row, int32 ``(R,)``; the arrays are views of it."""
-        fields = row_R[layout.RECORD_HEADER : -1].reshape(layout.RECORD_FIELDS, -1)
-        executed_E, waiting_E, priority_E, affinity_bits_E = fields
+        first, E = layout.RECORD_HEADER, (len(row_R) - layout.RECORD_HEADER - 1) // FIELDS
+        executed_E, waiting_E, priority_E, affinity_bits_E = (
+            row_R[first + i * E : first + (i + 1) * E] for i in range(FIELDS)
+        )
         return cls(
             int(row_R[0]),
             int(row_R[1]),

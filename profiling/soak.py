@@ -53,6 +53,7 @@ TINY = ROOT / "examples" / "tiny_mixtral"
 TIMEOUT_S = 0.4  # bound of a wait in every life
 HANG_S = 60.0  # an operation waits for a few copies at most, each TIMEOUT_S
 LIFE_S = 2.0
+LIFE_CALLS = 12  # at least, however slow the machine is
 FAULT_RATE = 0.03  # per piece of a copy
 # what a call says where a fault made it fail; no other error is expected
 BECOMES = {
@@ -340,7 +341,8 @@ def expected_logits() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def live(life, dice: random.Random, tally: Tally, until_s: float) -> None:
     """Work one life until its time is over, then see that it recovers."""
     life.faults.on = True
-    while time.monotonic() < until_s:
+    last = tally.calls + LIFE_CALLS
+    while time.monotonic() < until_s or tally.calls < last:
         life.faults.maybe_change_a_slot()
         try:
             life.work()
@@ -381,6 +383,7 @@ def main() -> int:
     """Run, print, write; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--lives", type=int, help="end after so many, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--sabotage", action="store_true", help="no checksums: must fail")
@@ -394,7 +397,6 @@ def main() -> int:
     # a killed thread's traceback is no news here
     own_hook = threading.excepthook
     threading.excepthook = lambda info: None if info.exc_type is Killed else own_hook(info)
-    start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as name, tqdm(total=args.seconds, unit="s") as bar:
         folder = Path(name)
         save_file(
@@ -402,7 +404,9 @@ def main() -> int:
             folder / "model.safetensors",
         )
         expected = expected_logits()
-        while (spent_s := time.monotonic() - start_s) < args.seconds:
+        start_s = time.monotonic()
+        most = float("inf") if args.lives is None else args.lives
+        while (spent_s := time.monotonic() - start_s) < args.seconds and tally.lives < most:
             is_model = tally.lives % 3 == 2
             kind, source = (ModelLife, expected) if is_model else (OffloaderLife, folder)
             life = kind(source, dice, tally, args.sabotage)

@@ -563,7 +563,7 @@ def test_two_threads_of_one_model_wait_for_each_other(loaded, reference):
 def test_two_threads_of_a_part_of_a_model_are_refused_rather_than_wrong(loaded, reference):
     """The model's own hooks do not see these calls."""
     model, moe = loaded
-    ids = [prompt(0), prompt(1, tokens=9)]
+    ids = [prompt(0), prompt(1)]  # of one length: the record of one would serve the other
     with torch.no_grad():
         wanted = [reference.model.model(each).last_hidden_state for each in ids]
 
@@ -659,7 +659,9 @@ def assert_nothing_leased_without_a_copy(offloader):
     for table in {id(table): table for table in offloader.cache.tables}.values():
         table.check()
         flights = [
-            f for f in offloader.flights.on_way.values() if offloader.cache.tables[f.copy.layer] is table
+            f
+            for f in offloader.flights.on_way.values()
+            if offloader.cache.tables[f.copy.layer] is table
         ]
         assert sum(table.leases_S) == len(flights)
 
@@ -854,8 +856,8 @@ def test_two_threads_detach_while_a_third_waits_to_compute(folder, reference):
     assert torch.equal(done[2], logits_of(reference.stock, ids)) or torch.equal(
         done[2], reference.logits(ids)
     )
-    [free] = on_threads(lambda: lock.acquire(blocking=False))
-    assert free, "no forward holds the lock"
+    # on this thread: a new one may have the identity of one that is gone
+    assert lock.acquire(blocking=False), "no forward holds the lock"
 
 
 @pytest.mark.parametrize("where", ["streamer", "thread"])

@@ -26,14 +26,14 @@ class Gates:
             self.read.append(key)
             if key in self._shut:
                 assert self._shut[key].wait(20)
-        if key in self._errors:
-            raise self._errors.pop(key)
+        if self._errors.get(key):
+            raise self._errors[key].pop(0)
         self._piece(copy, start, stop)
 
-    def shut(self, layer, expert, error=None):
+    def shut(self, layer, expert, *errors):
+        """Hold reads of an expert; the first ones to be let go raise these."""
         self._shut[layer, expert] = threading.Event()
-        if error is not None:
-            self._errors[layer, expert] = error
+        self._errors[layer, expert] = list(errors)
 
     def open(self, layer, expert):
         self._shut[layer, expert].set()
@@ -122,11 +122,31 @@ def test_a_prefetch_that_fails_while_its_step_has_begun(gated):
         until(copy.is_over)
         take(offloader, weights, [0, 1], layer=0)
 
-    with pytest.raises(RuntimeError, match="layer 1: loading expert 6 .*disk on fire"):
-        take(offloader, weights, [resident, 6], 1, fail_and_settle)
-    assert 6 not in offloader.residents(1)
+    assert take(offloader, weights, [resident, 6], 1, fail_and_settle) == [resident, 6]
+    assert gates.read == [(1, 6)] * 2, "fetched again"
     assert_consistent(offloader)
-    assert set(take(offloader, weights, [resident, 6], 1)) == {resident, 6}
+    metrics = offloader.metrics()
+    assert (metrics.prefetch_failed, metrics.prefetch_issued, metrics.loads) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("errors", [1, 2])
+@pytest.mark.parametrize("where", ["slot", "staging slot"])
+def test_a_copy_of_somebody_else_that_fails_is_made_once_more(gated, monkeypatch, where, errors):
+    options = {"prefetch": ["next_gate"]} if where == "slot" else {"staging_slots": 1}
+    offloader, weights, gates = gated(**options)
+    expert = 6 if where == "slot" else 4
+    gates.shut(1, expert, *[OSError("disk on fire")] * errors)
+    if where == "slot":
+        prefetch(offloader, gates, expert)
+    else:
+        stage(offloader, weights, gates, monkeypatch)
+    threading.Timer(0.1, gates.open, [1, expert]).start()
+    if errors == 2:
+        with pytest.raises(RuntimeError, match=f"layer 1: loading expert {expert} .*disk on fire"):
+            take(offloader, weights, [0, expert], 1)
+        assert gates.read == [(1, expert)] * 2 and expert not in offloader.residents(1)
+    assert set(take(offloader, weights, [0, expert], 1)) == {0, expert}
+    assert_consistent(offloader)
     assert offloader.metrics().prefetch_failed == 1
 
 
@@ -166,7 +186,7 @@ def test_what_an_abandoned_step_had_queued_is_taken_back(gated):
 @pytest.mark.parametrize("fails", [False, True], ids=["arrives", "fails"])
 def test_a_prefetch_holds_the_only_slot_that_a_step_could_take(gated, fails):
     offloader, weights, gates = gated(slots=1, prefetch=["next_gate"])
-    gates.shut(1, 6, OSError("disk on fire") if fails else None)
+    gates.shut(1, 6, *[OSError("disk on fire")] * fails)
     prefetch(offloader, gates, 6)
     threading.Timer(0.1, gates.open, [1, 6]).start()
     assert take(offloader, weights, [5], 1) == [5]

@@ -190,8 +190,18 @@ class Flights:
             return False
         return self._transfer.is_complete(self._cache.place_of(layer, slot))
 
-    def arrive(self, layer: int, key: int, slot: int, verify: bool) -> None:
+    def arrive(self, layer: int, key: int, slot: int, verify: bool, is_own: bool) -> None:
         """Make compute queued from now on find the expert's weights in its slot.
+
+        A copy that somebody else ordered earlier, and that failed, is made once more: its cause
+        may be gone.
+
+        Args:
+            layer: Layer of the step.
+            key: Its expert.
+            slot: Where the expert is, or is on its way to.
+            verify: Compare checksums.
+            is_own: The copy was ordered by this step.
 
         Raises:
             RuntimeError: Its copy failed, or did not complete in time, or ``verify`` found other
@@ -202,11 +212,13 @@ class Flights:
         else:
             flight = self.on_way.get((layer, key - self._cache.key_of(layer, 0)))
         if flight is not None:
-            if not flight.copy.is_over():
+            try:
                 self._wait(layer, flight)
-            if flight.copy.state is not CopyState.ISSUED:
-                error = flight.copy.error or RuntimeError(flight.copy.state.value)
-                raise self._failed(flight, error) from error
+            except RuntimeError:
+                if is_own or not flight.copy.is_over():
+                    raise
+                self._order_again(flight)
+                self._wait(layer, flight)
             self._land(flight)
         self._transfer.wait_ready(self._cache.place_of(layer, slot), layer)
         if verify:
@@ -216,7 +228,22 @@ class Flights:
         """The turn of an expert in a staging slot is over."""
         self.staging[slot - self._cache.num_slots] = None
 
+    def _order_again(self, flight: Flight) -> None:
+        """Replace a copy that failed by an urgent one into the same slot."""
+        self._count_failed(flight)
+        flight.is_prefetch = False
+        copy = flight.copy
+        again = Copy(copy.layer, copy.expert, copy.place, Priority.URGENT)
+        try:
+            self._pager.order(again)
+        except RuntimeError as error:
+            raise self._failed(flight, error) from error
+        flight.copy = again
+
     def _wait(self, layer: int, flight: Flight) -> None:
+        """Wait for a copy as what it is now, urgent; at no cost where it has arrived."""
+        if flight.copy.state is CopyState.ISSUED:
+            return
         start_s = time.perf_counter()
         self._pager.promote(flight.copy)
         try:

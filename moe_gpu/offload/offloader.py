@@ -189,6 +189,11 @@ class ExpertOffloader:
         """Whether all layers share the slots."""
         return self.cache.is_pool
 
+    @property
+    def predictors(self) -> frozenset[str]:
+        """Predictors that are on, see :mod:`moe_gpu.offload.prefetch`."""
+        return self._prefetcher.predictors
+
     def weights_of(self, layer: int) -> list[dict[str, torch.Tensor]]:
         """Return the parameters in every slot that a turn of the layer can name, by name."""
         groups = [self.views_L[layer]]
@@ -285,9 +290,12 @@ class ExpertOffloader:
             elif self._prefetcher.predictors and not is_prefill:
                 self._prefetcher.order(layer, record)
             # the plan's order, unless a slot is waited for
-            turns = self._in_order(layer, plan, streams) if plan.follow or streams else plan.turns
+            own = {load.key for load in plan.loads} | {load.key for load in plan.follow.values()}
+            turns = plan.turns
+            if plan.follow or streams:
+                turns = self._in_order(layer, plan, own, streams)
             for key, slot in turns:
-                flights.arrive(layer, key, slot, self.verify)
+                flights.arrive(layer, key, slot, self.verify, is_own=key in own)
                 yield ExpertTurn(key - first, slot, *spans[key - first])
                 if slot >= cache.num_slots:
                     flights.leave(slot)
@@ -309,13 +317,12 @@ class ExpertOffloader:
                 transfer.release(layer)
             self._view.publish_all(flights.on_way)
 
-    def _in_order(self, layer: int, plan: Plan, streams: bool) -> Iterator[Turn]:
+    def _in_order(self, layer: int, plan: Plan, loaded: set[int], streams: bool) -> Iterator[Turn]:
         """Yield the turns: hits first, while copies run, but nobody who holds up a copy.
 
         An expert that has arrived and whose slot somebody waits for goes before the hits, or the
         link would rest while they compute.
         """
-        loaded = {load.key for load in plan.loads} | {load.key for load in plan.follow.values()}
         hits: deque[Turn] = deque()
         others: deque[Turn] = deque()  # in the order of their copies
         for turn in plan.turns:
@@ -418,7 +425,7 @@ class ExpertOffloader:
                     self.flights.load(layer, load, leased)
                 for key, slot in plan.turns:
                     if key in leased:
-                        self.flights.arrive(layer, key, slot, self.verify)
+                        self.flights.arrive(layer, key, slot, self.verify, is_own=True)
             finally:
                 self.flights.is_filling = False
                 for key in leased:

@@ -69,7 +69,10 @@ class SlotTable:
     def evictable(self, keep: Iterable[int] = ()) -> list[int]:
         """Return the keys that may be evicted, ascending, but none of ``keep``."""
         keep = set(keep)
-        return [key for key in self.residents() if key not in keep and self.can_evict(key)]
+        slots = zip(self.key_in_S, self.leases_S, strict=True)
+        return sorted(
+            key for key, leases in slots if key != NONE and not leases and key not in keep
+        )
 
     def evict(self, key: int) -> int:
         """Free the key's slot and return it."""

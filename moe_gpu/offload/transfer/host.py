@@ -8,6 +8,7 @@ one expert.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ...ranges import profiler_range
@@ -104,7 +105,7 @@ class Transfer:
 
     def publish(self, layer: int, slot_of_E: list[int]) -> None:
         """Tell the gate who is resident, in order with the compute queued so far."""
-        self._slot_of_rows[layer].copy_(torch.tensor(slot_of_E, dtype=torch.int32))
+        self._slot_of_rows[layer].copy_(torch.from_numpy(np.array(slot_of_E, np.int32)))
 
     def bytes_of(self, place: int) -> torch.Tensor:
         """Return the memory of a place, uint8 ``(B,)``, for checksums."""

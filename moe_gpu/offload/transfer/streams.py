@@ -10,6 +10,7 @@ Shape suffixes as in :mod:`moe_gpu.offload.transfer.host`.
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import cuda
 
@@ -135,7 +136,7 @@ class StreamTransfer(Transfer):
         """Order one small copy on the compute stream; see :meth:`Transfer.publish`."""
         # the layer's previous copy; long over in a step
         wait_event(self._published_L[layer], self.timeout_s, f"layer {layer}'s residency")
-        self._rows_L[layer].copy_(torch.tensor(slot_of_E, dtype=torch.int32))
+        self._rows_L[layer].copy_(torch.from_numpy(np.array(slot_of_E, np.int32)))
         _copy(self._slot_of_rows[layer], self._rows_L[layer])
         self._published_L[layer].record(cuda.current_stream(self.device))
 
