@@ -157,7 +157,8 @@ def assert_adds_up(moe):
     for layer, table in enumerate(offloader.cache.tables):
         table.check()
         assert sum(table.leases_S) == sum(
-            offloader.cache.tables[flight.copy.layer] is table for flight in offloader.flights.on_way.values()
+            offloader.cache.tables[flight.copy.layer] is table
+            for flight in offloader.flights.on_way.values()
         )
         first = offloader.cache.key_of(layer, 0)
         slot_of_E = table.slot_of_X[first : first + EXPERTS]

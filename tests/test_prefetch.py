@@ -143,7 +143,9 @@ def test_a_late_prediction_is_waited_for_and_not_fetched_twice(gated):
 
 def test_a_wrong_prediction_is_taken_back_before_it_costs_anything(gated):
     offloader, weights, gate = gated(prefetch=["next_gate"])
-    blocker = offloader.flights.begin(0, 7, offloader.cache.tables[0].evict(3), _background())  # the link is busy
+    blocker = offloader.flights.begin(
+        0, 7, offloader.cache.tables[0].evict(3), _background()
+    )  # the link is busy
     until(lambda: blocker.copy.state.value == "running")
     route(offloader.state, [[0, 1]])
     predict(offloader, 1, [6, 0])

@@ -67,7 +67,9 @@ def test_the_next_layers_experts_come_while_this_layer_computes(monkeypatch, sta
     assert metrics.prefetch_issued == metrics.prefetch_useful == 2 * staging_slots
     assert metrics.prefetch_wasted_bytes == 0
     assert_consistent(offloader)
-    assert offloader.flights.staging == [None] * staging_slots, "nothing is fetched past the last layer"
+    assert offloader.flights.staging == [None] * staging_slots, (
+        "nothing is fetched past the last layer"
+    )
 
 
 def test_what_was_streamed_for_nothing_is_counted_and_its_slot_is_free_again(monkeypatch):

@@ -150,6 +150,18 @@ def test_a_copy_of_somebody_else_that_fails_is_made_once_more(gated, monkeypatch
     assert offloader.metrics().prefetch_failed == 1
 
 
+def test_a_copy_of_ones_own_that_fails_is_not_made_again(gated):
+    """Whoever asked hears of it; the next step tries again."""
+    offloader, weights, gates = gated(link=True)
+    gates.shut(0, 5, OSError("disk on fire"))
+    gates.open(0, 5)
+    with pytest.raises(RuntimeError, match="layer 0: loading expert 5 .*disk on fire"):
+        take(offloader, weights, [0, 5], 0)
+    assert gates.read == [(0, 5)]
+    assert_consistent(offloader)
+    assert take(offloader, weights, [0, 5], 0) == [0, 5]
+
+
 def test_a_prefetch_that_fails_before_anybody_needs_it(gated):
     offloader, weights, gates = gated(prefetch=["next_gate"])
     gates.shut(1, 6, OSError("disk on fire"))
@@ -220,6 +232,24 @@ def test_a_staged_copy_holds_the_only_staging_slot(gated, monkeypatch):
 
     assert take(offloader, weights, [0, 1], 0, nested, is_prefill=True) == [0, 1]
     assert_consistent(offloader)
+
+
+def test_a_step_in_the_middle_does_not_wait_its_way_into_the_others_staging_slot(gated):
+    offloader, weights, gates = gated(
+        link=True, slots=1, pool=True, staging_slots=1, fill=False, bypass=True
+    )
+    offloader.warm(0, [0])
+    gates.shut(0, 5)
+
+    def nested():
+        gates.until_reading(0, 5)
+        threading.Timer(0.1, gates.open, [0, 5]).start()
+        with pytest.raises(RuntimeError, match="are missing and all 1 slots are leased"):
+            take(offloader, weights, [7], 1)
+
+    assert take(offloader, weights, [0, 5], 0, nested) == [0, 5]
+    assert_consistent(offloader)
+    assert take(offloader, weights, [7], 1) == [7]
 
 
 def test_no_slot_will_ever_be_free(gated):

@@ -285,7 +285,8 @@ class ExpertOffloader:
                     flights.use(layer, key)
             for load in plan.loads:
                 flights.load(layer, load, leased)
-            if streams:
+            to_follow = len(plan.follow)
+            if streams and not to_follow:  # the next layer's copies do not go before this one's
                 flights.stream_ahead(layer + 1)
             elif self._prefetcher.predictors and not is_prefill:
                 self._prefetcher.order(layer, record)
@@ -305,7 +306,8 @@ class ExpertOffloader:
                 if key in plan.follow:
                     transfer.release(layer)
                     flights.load(layer, plan.follow[key], leased)
-                elif streams and slot >= cache.num_slots:
+                    to_follow -= 1
+                if streams and not to_follow and flights.free_staging():
                     transfer.release(layer)
                     flights.stream_ahead(layer + 1)
         finally:
@@ -321,21 +323,28 @@ class ExpertOffloader:
         """Yield the turns: hits first, while copies run, but nobody who holds up a copy.
 
         An expert that has arrived and whose slot somebody waits for goes before the hits, or the
-        link would rest while they compute.
+        link would rest while they compute. The others go in the order in which their copies are
+        really ordered, which that changes.
         """
         hits: deque[Turn] = deque()
-        others: deque[Turn] = deque()  # in the order of their copies
+        others: deque[Turn] = deque()
+        later = {load.key for load in plan.follow.values()}
         for turn in plan.turns:
             is_hit = turn.slot < self.cache.num_slots and turn.key not in loaded
-            (hits if is_hit else others).append(turn)
+            if turn.key not in later:
+                (hits if is_hit else others).append(turn)
         while hits or others:
+            turn = (hits or others)[0]
             if hits and others:
                 key, slot = others[0]
                 is_wanted = key in plan.follow or (streams and slot >= self.cache.num_slots)
                 if is_wanted and self.flights.has_arrived(layer, key, slot):
-                    yield others.popleft()
-                    continue
-            yield hits.popleft() if hits else others.popleft()
+                    turn = others[0]
+            (hits if hits and turn is hits[0] else others).popleft()
+            yield turn
+            if turn.key in plan.follow:
+                load = plan.follow[turn.key]
+                others.append(Turn(load.key, load.slot))
 
     def _read_spans(self, layer, pairs):
         """Read the record once; return ``{expert: (start, stop)}``, ascending, and the record."""

@@ -44,9 +44,12 @@ class Copy:
         priority: ``URGENT``, ``BACKGROUND`` or ``PREFETCH``.
         state: See :class:`CopyState`; changed by the pager only.
         error: Why it failed.
+        made_s: When it was made, ``time.perf_counter``.
     """
 
-    __slots__ = ("layer", "expert", "place", "priority", "state", "error", "done", "number")
+    __slots__ = (
+        "layer", "expert", "place", "priority", "state", "error", "done", "number", "made_s",
+    )  # fmt: skip
 
     def __init__(self, layer: int, expert: int, place: int, priority: Priority):
         self.layer, self.expert, self.place, self.priority = layer, expert, place, priority
@@ -54,6 +57,7 @@ class Copy:
         self.error: BaseException | None = None
         self.done = 0  # bytes whose piece is over
         self.number = -1
+        self.made_s = time.perf_counter()
 
     def is_over(self) -> bool:
         """Whether the pager will not touch it again."""

@@ -27,7 +27,8 @@ class SimulatedLink(Transfer):
 
     def piece(self, copy: Copy, start: int, stop: int) -> None:
         """Move bytes and sleep until the link has carried them."""
-        start_s = max(time.perf_counter(), self._free_at_s)
+        # a link takes the next copy that waits at once, however late this thread wakes up
+        start_s = max(copy.made_s, self._free_at_s)
         super().piece(copy, start, stop)
         self._free_at_s = start_s + (stop - start) * self._seconds_per_byte
         time.sleep(max(0.0, self._free_at_s - time.perf_counter()))
