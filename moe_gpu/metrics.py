@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from .kernels import layout
+from .waiting import page_locked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +178,15 @@ class CounterMirror:
             self._seen_LC, self._landed = self._landing_LC.clone(), None
         if self._landed is None:
             if self._landing_LC is None:
-                self._landing_LC = torch.empty_like(self._seen_LC, pin_memory=True)
+                self._landing_LC = page_locked(self._counters_LC.shape, torch.int64)
             self._landing_LC.copy_(self._counters_LC, non_blocking=True)
             self._landed = torch.cuda.Event()
-            self._landed.record()
+            self._landed.record(torch.cuda.current_stream(self._counters_LC.device))
         return self._seen_LC
 
     def reset(self) -> None:
         """Forget what was seen: the counters are zero now."""
-        self._seen_LC.zero_()
+        self._seen_LC = torch.zeros_like(self._seen_LC)
         self._landed = None
 
 

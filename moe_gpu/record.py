@@ -15,7 +15,7 @@ import torch
 from .kernels import layout
 from .requests import Direction, PagingRequest, Priority
 from .state import RouterState
-from .waiting import wait_event
+from .waiting import page_locked, wait_event
 
 FIELDS = layout.RECORD_FIELDS
 _PRIORITY_OF_CODE = {
@@ -141,7 +141,7 @@ class RecordReader:
         if record_LR.is_cuda:
             self._rows_L = list(record_LR.unbind(0))
             width = record_LR.shape[1]
-            self._host_R = torch.empty(width, dtype=torch.int32, pin_memory=True)
+            self._host_R = page_locked(width, torch.int32)
             self._arrived = torch.cuda.Event()
         else:
             self._rows_L = list(record_LR.numpy())

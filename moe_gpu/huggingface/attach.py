@@ -123,6 +123,7 @@ class AttachedMoE(NotCopyable):
             )
         return lock
 
+    @torch.compiler.disable
     def _enter(self, module, args) -> None:
         lock = self._lock()
         if not self._attached:  # ended while this thread waited: no hook will call _leave
@@ -130,6 +131,7 @@ class AttachedMoE(NotCopyable):
             return
         self._held.__dict__.setdefault("locks", []).append(lock)
 
+    @torch.compiler.disable
     def _leave(self, module, args, output) -> None:
         # none where the hook before ours raised, or ours did, while another thread's forward ran
         if locks := self._held.__dict__.get("locks"):
@@ -140,19 +142,23 @@ class AttachedMoE(NotCopyable):
 
         What can fail comes first: while weights are missing, the routers refuse to compute.
         """
-        if self.offloader is not None:
-            self.offloader.close()
+        self._free_slots()
         self._weights.give_back()
         self._move_to(self._own_device)
         self._let_go()
 
     def _abandon(self) -> None:
-        if self.offloader is not None:
-            self.offloader.close()
+        self._free_slots()
         self._weights.give_up()
         self._let_go()
         for block in self._blocks:  # what runs first of an MoE layer, whichever module was called
             block.router.forward = _refuse_closed
+
+    def _free_slots(self) -> None:
+        if self.offloader is not None:
+            self.offloader.close()
+        for layer in self._layers:  # this handle may live on: it must not keep the memory
+            layer.weights_S = []
 
     def _let_go(self) -> None:
         for router, own in self._own_forwards:

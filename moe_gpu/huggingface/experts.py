@@ -99,6 +99,7 @@ class _ForwardOnly(torch.autograd.Function):
         raise RuntimeError("the experts of an attached model have no backward pass: detach() first")
 
 
+@torch.compiler.disable  # reads the step record, orders copies on streams: nothing to trace
 def _mix(hidden_states, weights_TK, ids_TK, module, attached):
     (T, D), K, layer = hidden_states.shape, ids_TK.shape[1], attached.layer
     if T == 0:

@@ -39,6 +39,7 @@ class RoutedForward(NotCopyable):
         self._block, self._gate, self._layer, self._following = block, gate, layer, following
         self._addresses = [(name, slot.data_ptr()) for name, slot in slots.items()]
 
+    @torch.compiler.disable  # host decisions: traced, each new residency would be a new graph
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs):
         """Return ``(router_logits, weights, ids)`` for hidden states ``(..., D)``."""
         router = self._block.router

@@ -111,6 +111,9 @@ class ExpertWeights:
 
     def give_back(self) -> None:
         """Undo :meth:`take` and :meth:`show_slots`, as far as they got; can be called again."""
+        for block in self._blocks[: len(self._taken)]:  # the slots go before the weights come
+            for parameter in expert_parameters(block).values():
+                parameter.data = parameter.data.new_empty(0)
         while self._taken:
             layer = len(self._taken) - 1
             for name, parameter in expert_parameters(self._blocks[layer]).items():

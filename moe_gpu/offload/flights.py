@@ -17,7 +17,9 @@ from .gate_view import GateView
 from .layout import checksum
 from .pager import Copy, CopyState, Pager
 from .plan import Load, NoRoom, Plan
+from .read_ahead import ReadAhead
 from .store import ExpertStore
+from .tiers import Tier
 from .transfer import Transfer
 
 
@@ -46,6 +48,7 @@ class Flights:
         store: Home of the weights.
         transfer: Moves bytes.
         pager: Orders the moves.
+        read_ahead: Announces what waits for one of them.
         counts: Counts them.
         staging_slots: Slots that experts pass through.
         runs: Whether a step of a layer is under way.
@@ -58,12 +61,14 @@ class Flights:
         store: ExpertStore,
         transfer: Transfer,
         pager: Pager,
+        read_ahead: ReadAhead,
         counts: Counts,
         staging_slots: int,
         runs: Callable[[int], bool],
     ):
         self._cache, self._view, self._store = cache, view, store
-        self._transfer, self._pager, self._counts = transfer, pager, counts
+        self._transfer, self._pager, self._read_ahead = transfer, pager, read_ahead
+        self._counts = counts
         self._runs = runs
         self.on_way: dict[tuple[int, int], Flight] = {}
         self.staging: list[Flight | None] = [None] * staging_slots
@@ -100,6 +105,8 @@ class Flights:
         copy = Copy(layer, expert, self._cache.place_of(layer, slot), priority)
         flight = Flight(copy, key, slot, is_prefetch)
         inline = not is_prefetch and self._transfer.runs_inline(copy)
+        if self._pager.is_busy and self._store.tier(layer, expert) is Tier.DISK:
+            self._read_ahead.ask(layer, expert)
         try:
             if inline:
                 start_s = time.perf_counter()

@@ -28,6 +28,7 @@ from .gate_view import GateView
 from .pager import Pager
 from .plan import NoRoom, Plan, Rank, Turn, plan_step
 from .prefetch import Prefetcher, check_predictors
+from .read_ahead import ReadAhead
 from .slots import check_slots, warn_few_slots
 from .store import ExpertStore
 from .transfer import Transfer, make_transfer
@@ -159,8 +160,11 @@ class ExpertOffloader:
             store.layout.expert_bytes,
             timeout_s,
         )
+        self._read_ahead = ReadAhead(store.read_ahead)
         # neither slots nor store may be freed under a copy; also when the interpreter exits
-        self._shut_down = weakref.finalize(self, _shut_down, self._pager, self._transfer)
+        self._shut_down = weakref.finalize(
+            self, _shut_down, self._pager, self._transfer, self._read_ahead
+        )
         self._running_L: list[weakref.ref | None] = [None] * L
         self._view = GateView(self.cache, self._transfer)
         self.flights = Flights(
@@ -169,6 +173,7 @@ class ExpertOffloader:
             store,
             self._transfer,
             self._pager,
+            self._read_ahead,
             self._counts,
             staging_slots,
             _runs(self._running_L),
@@ -424,6 +429,9 @@ class ExpertOffloader:
             )
         table = self.cache.tables[layer]
         with self.lock:
+            for other in range(self.state.num_layers):
+                if self.flights.runs(other):  # compute is queued on slots that it has given back
+                    self._transfer.release(other)
             self.flights.settle()
             keys = [self.cache.key_of(layer, expert) for expert in experts]
             plan = self.flights.with_room(layer, lambda: self._plan_to_warm(layer, keys))
@@ -504,6 +512,7 @@ class ExpertOffloader:
 
     def close(self) -> None:
         """Wait for copies under way and give up the slots; metrics stay readable."""
+        self._read_ahead.close()
         self._pager.close()
         self._transfer.close()
         self._shut_down.detach()
@@ -528,7 +537,8 @@ def _runs(running_L: list):
     return runs
 
 
-def _shut_down(pager: Pager, transfer: Transfer) -> None:
+def _shut_down(pager: Pager, transfer: Transfer, read_ahead: ReadAhead) -> None:
+    read_ahead.close()
     pager.close()
     transfer.synchronize()
 

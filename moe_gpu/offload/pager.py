@@ -103,6 +103,11 @@ class Pager:
         self._death: BaseException | None = None
         self._closed = False
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a copy that is ordered now would have to wait, or overtake another."""
+        return bool(self._queue)
+
     def run_now(self, copy: Copy) -> None:
         """Run a whole copy on the calling thread, ahead of everything queued; raises its error."""
         if self._closed:

@@ -4,13 +4,24 @@ Registers memory instead of allocating it pinned: PyTorch's pinned allocator rou
 experts up to a power of two.
 """
 
+import mmap
+
 import torch
 
 
+def whole_pages(num_bytes: int) -> torch.Tensor:
+    """Return uint8 host memory that shares no page with anything else: pages are locked whole."""
+    size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    first = -memory.data_ptr() % mmap.PAGESIZE
+    return memory[first : first + num_bytes]
+
+
 def page_lock(memory: torch.Tensor, device: torch.device) -> str | None:
-    """Page-lock a tensor's host memory for CUDA; return None, or the cause if it is refused."""
+    """Page-lock memory of :func:`whole_pages`; return None, or the cause if it is refused."""
     runtime = torch.cuda.cudart()
-    code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 1)  # 1: for every context
+    with torch.cuda.device(device):  # else the first device would get a context of its own
+        code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 1)  # 1: every context
     if int(code) == 0:
         return None
     # the refusal is also CUDA's pending "last error", which the next kernel launch would report

@@ -21,6 +21,7 @@ import torch
 from ..kernels import layout as record_layout
 from ..record import StepRecord
 from ..requests import Priority
+from ..waiting import page_locked
 from .cache import Cache
 from .flights import Flights
 from .plan import Rank
@@ -104,7 +105,7 @@ class Prefetcher:
         """Take the experts that a layer will probably route to; the device is not waited for."""
         if ids_TK.is_cuda:
             if self._landing is None or self._landing.numel() < ids_TK.numel():
-                self._landing = torch.empty(ids_TK.numel(), dtype=ids_TK.dtype, pin_memory=True)
+                self._landing = page_locked(ids_TK.numel(), ids_TK.dtype)
             # lands before the record, whose read waits for the stream
             landing = self._landing[: ids_TK.numel()].copy_(ids_TK.reshape(-1), non_blocking=True)
             self._prediction = layer, landing

@@ -138,7 +138,8 @@ class ExpertStore:
                 experts = experts_of[tier]
                 if not experts:
                     continue
-                memory_NB = torch.empty(len(experts), self.layout.expert_bytes, dtype=torch.uint8)
+                expert_bytes = self.layout.expert_bytes
+                memory_NB = pinning.whole_pages(len(experts) * expert_bytes).view(-1, expert_bytes)
                 for row_B, expert in zip(memory_NB.unbind(0), experts, strict=True):
                     fill(expert, row_B)
                     rows[expert] = row_B

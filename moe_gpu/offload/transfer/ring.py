@@ -41,7 +41,7 @@ class StagingRing:
 
     def _fill(self) -> None:
         for _ in range(STAGING_BUFFERS):
-            buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+            buffer = pinning.whole_pages(PIECE_BYTES)
             cause = pinning.page_lock(buffer, self.device)
             if cause is None:
                 self._locked.append(buffer)
