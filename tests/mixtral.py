@@ -46,10 +46,10 @@ def logits_of(model, ids, **arguments):
     return model(ids.to(model.device), **arguments).logits
 
 
-def text_of(model, ids, tokens=8):
+def text_of(model, ids, tokens=8, **arguments):
     ids = ids.to(model.device)
-    mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+    arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False} | arguments
+    return model.generate(ids, max_new_tokens=tokens, **arguments)
 
 
 @pytest.fixture(scope="module", autouse=True)

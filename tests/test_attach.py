@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MixtralForCausalLM
+from transformers import CompileConfig, MixtralForCausalLM
 
 import moe_gpu
 from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
@@ -205,8 +206,12 @@ def test_detach_gives_everything_back():
     assert block.experts.gate_up_proj.shape[0] == 2
     assert model.get_experts_implementation()[""] == "moe_gpu"
     text_of(model, ids)
+    slots = [
+        StorageWeakRef(views["down_proj"].untyped_storage()) for views in moe.offloader.views_L
+    ]
     moe.detach()
 
+    assert all(memory.expired() for memory in slots), "freed, although the handle lives on"
     assert list(model.modules()) == modules
     for module in modules:
         assert (set(vars(module)), type(module)) == attributes[module]
@@ -220,7 +225,6 @@ def test_detach_gives_everything_back():
     assert torch.equal(logits_of(model, ids), before)
     model.load_state_dict(model.state_dict())
     assert moe.metrics().tokens > 0, "metrics outlive the attachment"
-    assert moe.offloader.views_L == [], "slots are freed"
     with pytest.raises(RuntimeError, match="layer 1 is not in the store"):
         moe.offloader.store.parameter(1, "down_proj")
 
@@ -319,6 +323,41 @@ def test_attaches_in_inference_mode_for_use_outside(model, all_resident):
         logits_of(model, prompt(3))
     assert torch.equal(prefill_and_decode(model), all_resident)
     moe.detach()
+
+
+@pytest.mark.gpu
+def test_on_a_device_in_inference_mode_and_outside():
+    model, ids = make_model(), prompt(0)
+    options = {"prefetch": ["next_gate"], "policy": Exact(), "device": "cuda"}
+    with moe_gpu.attach(model, slots=3, **options) as moe:
+        with torch.inference_mode():
+            expected = logits_of(model, ids)
+            logits_of(model, ids[:, :1])
+            moe.status()
+        assert torch.equal(logits_of(model, ids), expected)
+        logits_of(model, ids[:, :2])
+        moe.status()
+        moe.reset_metrics()
+
+
+def test_compiled_around_the_experts():
+    """What generate() does by itself on a GPU with a static cache."""
+    model, ids, traced = make_model(), prompt(0), []
+    expected = text_of(model, ids)
+
+    def backend(graph, inputs):
+        traced.extend(node.meta.get("stack_trace") or "" for node in graph.graph.nodes)
+        return graph.forward
+
+    compiling = CompileConfig(backend=backend, mode=None)
+    compiling._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiling}
+    with moe_gpu.attach(model, slots=3, policy=Exact()) as moe:
+        assert torch.equal(text_of(model, ids, **static), expected)
+        assert moe.metrics().loads > 0
+    assert any("modeling_mixtral" in where for where in traced)
+    assert not any("moe_gpu/" in line for where in traced for line in where.splitlines())
+    torch.compiler.reset()
 
 
 def test_profiler_ranges(model):

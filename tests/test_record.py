@@ -8,6 +8,7 @@ from moe_gpu import Direction, PagingRequest, Priority, RouterState
 from moe_gpu.kernels import layout
 from moe_gpu.kernels.route_ref import Rule
 from moe_gpu.record import RecordReader, StepRecord
+from moe_gpu.waiting import page_locked, wait_event
 from offloading import route
 
 HALF_BITS = 0x3F000000  # 0.5 in float32
@@ -106,6 +107,30 @@ def test_follows_a_state_that_moved():
     state.record_LR = state.record_LR.clone()  # what .to(device) does
     route(state, [[2, 3]])
     assert reader.read(0).executed_E.tolist() == [0, 0, 1, 1]
+
+
+def test_what_arrives_from_a_device_is_writable_outside_inference_mode(monkeypatch):
+    made = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kw: made(*args, **kw))
+    with torch.inference_mode():
+        landing = page_locked(4, torch.int32)
+    landing[:2].copy_(torch.ones(2, dtype=torch.int32))  # an inference tensor would refuse
+    assert landing[:2].tolist() == [1, 1]
+
+
+def test_waiting_is_bounded():
+    class Event:
+        looks = 0
+
+        def query(self):
+            self.looks += 1
+            return self.looks == 100
+
+    wait_event(Event(), 60, "a copy")
+    never = Event()
+    never.looks = 100
+    with pytest.raises(RuntimeError, match="a copy has not completed after 0.02 s"):
+        wait_event(never, 0.02, "a copy")
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """ExpertStore and ExpertLayout: where bytes lie, that they come back, and what is refused."""
 
 import gc
+import mmap
 
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_page_locked_memory_is_unlocked_before_it_goes(monkeypatch):
     del host
     gc.collect()
     assert not locked
+
+
+@pytest.mark.parametrize("num_bytes", [1, mmap.PAGESIZE, 3 * mmap.PAGESIZE + 1])
+def test_memory_to_lock_shares_no_page(num_bytes):
+    memories = [pinning.whole_pages(num_bytes) for _ in range(3)]
+    for memory in memories:
+        first, start = memory.data_ptr(), memory.untyped_storage().data_ptr()
+        assert memory.nbytes == num_bytes and first % mmap.PAGESIZE == 0
+        pages = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        assert start <= first and first + pages <= start + memory.untyped_storage().nbytes()
 
 
 @pytest.mark.gpu

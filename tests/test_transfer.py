@@ -135,6 +135,25 @@ def test_compute_reads_the_right_bytes_whatever_the_timing(fake_cuda, seed, slot
     moves.close()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_warming_in_the_middle_of_a_step_waits_for_its_compute(fake_cuda, seed):
+    cuda = fake_cuda(seed)
+    store, weights = make_store(layers=1, experts=6, tiers_LE=[[Tier.PINNED] * 6])
+    state, reads = RouterState(1, 6), []
+    moves = ExpertOffloader(state, store, slots=2)
+    moves.fill()
+    route(state, [[0, 1]])
+    down_S = moves.views_L[0]["down_proj"]
+    for turns, (expert, slot, _, _) in enumerate(moves.step(0, 2)):
+        cuda.current.queue(lambda s=slot, e=expert: reads.append(
+            torch.equal(down_S[s], weights[0]["down_proj"][e])))  # fmt: skip
+        if turns == 1:  # the first one's slot is free, but what reads it is still queued
+            moves.warm(0, [5])
+    cuda.run_all()
+    assert reads == [True, True]
+    moves.close()
+
+
 def test_closing_waits_for_copies(fake_cuda):
     fake_cuda(seed=0)
     store, weights = make_store(layers=1, experts=6, tiers_LE=[[Tier.PINNED] * 6])

@@ -21,6 +21,7 @@ from ..offload.slots import warn_few_slots
 from ..offload.tiers import Tier, available_memory, host_budget, place
 from ..policies import MassBudget, Policy
 from ..state import RouterState
+from ..waiting import wait_event
 from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
 from .families import MoEBlock, find_blocks
 from .options import Options, SlotChoice
@@ -68,6 +69,8 @@ class AttachedMoE(NotCopyable):
         """Change the model. Undoes everything if any of it fails."""
         try:
             self._weights.take()
+            if self._own_device.type == "cuda":
+                torch.cuda.empty_cache()  # what was taken is of other sizes than the slots
             self.offloader = ExpertOffloader(
                 self.state,
                 self._weights.store,
@@ -107,6 +110,11 @@ class AttachedMoE(NotCopyable):
                 self.model.register_forward_hook(self._leave, always_call=True),
             ]
             self._configs = switch_on(self.model)
+            if self.state.slot_of_LE.is_cuda:
+                # as after model.to(): compute may follow on any stream
+                filled = torch.cuda.Event()
+                filled.record(torch.cuda.current_stream(self.state.slot_of_LE.device))
+                wait_event(filled, FORWARD_S, "the filling of the slots")
         except BaseException:
             # giving back what was loaded would need the memory that it was kept out of
             (self._abandon if self._weights.loaded else self._undo)()

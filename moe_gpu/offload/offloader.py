@@ -166,6 +166,7 @@ class ExpertOffloader:
             self, _shut_down, self._pager, self._transfer, self._read_ahead
         )
         self._running_L: list[weakref.ref | None] = [None] * L
+        self._runs = _runs(self._running_L)
         self._view = GateView(self.cache, self._transfer)
         self.flights = Flights(
             self.cache,
@@ -176,7 +177,7 @@ class ExpertOffloader:
             self._read_ahead,
             self._counts,
             staging_slots,
-            _runs(self._running_L),
+            self._runs,
         )
         self._prefetcher = Prefetcher(predictors, self.cache, self.flights)
         self._reader = RecordReader(state, timeout_s)
@@ -430,7 +431,7 @@ class ExpertOffloader:
         table = self.cache.tables[layer]
         with self.lock:
             for other in range(self.state.num_layers):
-                if self.flights.runs(other):  # compute is queued on slots that it has given back
+                if self._runs(other):  # compute is queued on slots that it has given back
                     self._transfer.release(other)
             self.flights.settle()
             keys = [self.cache.key_of(layer, expert) for expert in experts]

@@ -7,6 +7,7 @@ except for bytes that it must read or stage itself.
 Shape suffixes as in :mod:`moe_gpu.offload.transfer.host`.
 """
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from torch import cuda
 
 from ...ranges import profiler_range
 from ...requests import Priority
-from ...waiting import wait_event
+from ...waiting import page_locked, wait_event
 from ..pager import PIECE_BYTES, Copy
 from ..store import ExpertStore
 from ..tiers import Tier
@@ -60,6 +61,7 @@ class StreamTransfer(Transfer):
         self._timers = timers
         self._waits: deque[tuple[int, cuda.Event, cuda.Event]] = deque()
         self._stalled_ms: dict[int, float] = {}
+        self._measuring = threading.Lock()  # metrics may be read on another thread
 
     def runs_inline(self, copy: Copy) -> bool:
         """Whether the copy engine can read the expert where it lies."""
@@ -160,13 +162,16 @@ class StreamTransfer(Transfer):
 
     def reset_metrics(self) -> None:
         """Forget the stalls so far, those still under way included."""
-        self._stalled_ms.clear()
-        self._waits.clear()
+        with self._measuring:
+            self._stalled_ms.clear()
+            self._waits.clear()
 
     def _collect(self) -> None:
-        while self._waits and self._waits[0][2].query():
-            layer, before, after = self._waits.popleft()
-            self._stalled_ms[layer] = self._stalled_ms.get(layer, 0.0) + before.elapsed_time(after)
+        with self._measuring:
+            while self._waits and self._waits[0][2].query():
+                layer, before, after = self._waits.popleft()
+                stalled_ms = self._stalled_ms.get(layer, 0.0)
+                self._stalled_ms[layer] = stalled_ms + before.elapsed_time(after)
 
 
 def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -174,4 +179,4 @@ def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _page_locked(shape: torch.Size) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.int32, pin_memory=True)
+    return page_locked(shape, torch.int32)
