@@ -75,6 +75,11 @@ class Flights:
         self.is_filling = False
         self._spoiled: set[tuple[int, int]] = set()  # (layer, key): not the weights stored
 
+    @property
+    def are_none(self) -> bool:
+        """Whether no copy is under way, nor any expert in a staging slot."""
+        return not self.on_way and not any(self.staging)
+
     # -- beginning
 
     def load(self, layer: int, load: Load, leased: set[int]) -> None:

@@ -29,7 +29,7 @@ from .pager import Pager
 from .plan import NoRoom, Plan, Rank, Turn, plan_step
 from .prefetch import Prefetcher, check_predictors
 from .read_ahead import ReadAhead
-from .slots import check_slots, warn_few_slots
+from .slots import NONE, check_slots, warn_few_slots
 from .store import ExpertStore
 from .transfer import Transfer, make_transfer
 
@@ -180,6 +180,7 @@ class ExpertOffloader:
             self._runs,
         )
         self._prefetcher = Prefetcher(predictors, self.cache, self.flights)
+        self._is_simple = not verify and not predictors  # else a step of hits has more to do
         self._reader = RecordReader(state, timeout_s)
         self._record_L: list[StepRecord | None] = [None] * L
         self.lock = threading.RLock()
@@ -273,6 +274,10 @@ class ExpertOffloader:
         table, history, row = cache.tables[layer], cache.histories[layer], cache.row_of(layer)
         first = cache.key_of(layer, 0)
         needed = [first + expert for expert in spans]
+        slots = [table.slot_of_X[key] for key in needed]
+        if self._is_simple and not is_prefill and flights.are_none and NONE not in slots:
+            yield from self._hits(layer, spans, record, slots)
+            return
         history.touch(row, needed)
         history.learn(row, record.affinity_E.tolist())
         self._counts.step(layer, spans, self._view.published_LE[layer], record.num_requests)
@@ -324,6 +329,32 @@ class ExpertOffloader:
             if flights.staging or cache.num_slots < len(table.slot_of_X):
                 transfer.release(layer)
             self._view.publish_all(flights.on_way)
+
+    def _hits(self, layer, spans, record, slots):
+        """Take a step that needs no plan; the device computes while the host keeps its books."""
+        cache, table = self.cache, self.cache.tables[layer]
+        first = cache.key_of(layer, 0)
+        keys = [first + expert for expert in spans]
+        leased = deque(keys)
+        for key in keys:
+            table.lease(key)
+        try:
+            for (expert, span), slot in zip(spans.items(), slots, strict=True):
+                self._transfer.wait_ready(cache.place_of(layer, slot), layer)
+                yield ExpertTurn(expert, slot, *span)
+                table.release(leased.popleft())
+        finally:
+            for key in leased:
+                table.release(key)
+            row = cache.row_of(layer)
+            cache.histories[layer].touch(row, keys)
+            cache.histories[layer].learn(row, record.affinity_E.tolist())
+            published_E = self._view.published_LE[layer]
+            self._counts.step(layer, spans, published_E, record.num_requests)
+            self._counts.waves += 1
+            if self.flights.staging or cache.num_slots < len(table.slot_of_X):
+                self._transfer.release(layer)
+            self._view.publish_all(self.flights.on_way)
 
     def _in_order(self, layer: int, plan: Plan, loaded: set[int], streams: bool) -> Iterator[Turn]:
         """Yield the turns: hits first, while copies run, but nobody who holds up a copy.
