@@ -20,6 +20,7 @@ from demo.errors import Refusal
 from demo.options import parse
 
 NAME = Path(__file__).name
+NEEDED = ("torch", "transformers", "rich", "safetensors", "tokenizers", "moe_gpu")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +35,14 @@ def main(argv: list[str] | None = None) -> int:
             return run(args)
     except Refusal as refusal:
         return say(f"error: {refusal}", 2)
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        return say(
+            f"error: {error.name} is not installed for this Python: activate .venv "
+            f"(`. .venv/bin/activate`), or pip install '.[hf]'",
+            2,
+        )
     except KeyboardInterrupt:
         return say("interrupted, no partial file is left", 130)
 

@@ -29,4 +29,5 @@ block = MoEBlock()
 block.gate.set_resident([0, 3])  # the caller says who is on the device
 block(torch.randn(5, 64)).sum().backward()  # gradients reach the router weight too
 print(*block.gate.requests(), sep="\n")  # what the gate asks to be moved
-print(block.gate.metrics())
+metrics = block.gate.metrics()
+print(f"{metrics.tokens} tokens, hits {metrics.hit_rate:.1%}, swaps {metrics.swaps}")

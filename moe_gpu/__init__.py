@@ -1,7 +1,7 @@
 """Mixture-of-experts routing that prefers experts already on the GPU, and an offloader for the rest.
 
 The names below are the public interface. ``attach``, ``load`` and ``plan_memory`` need
-transformers (``pip install moe-gpu[hf]``) and are imported on first use.
+transformers (``pip install 'transformers>=5.17'``) and are imported on first use.
 """
 
 from typing import TYPE_CHECKING

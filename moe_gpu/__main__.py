@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        args.parser.error("this needs transformers: pip install moe-gpu[hf]")
+        args.parser.error("this needs transformers: pip install 'transformers>=5.17'")
     except (TypeError, ValueError) as error:
         args.parser.error(str(error))
 

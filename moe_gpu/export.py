@@ -81,13 +81,25 @@ def _figures(part: Metrics | LayerMetrics) -> dict[str, object]:
     return {name: value for name, value in figures.items() if name not in ("layer", "layers")}
 
 
+def _metrics_of(given: Metrics | HasMetrics | Interval) -> Metrics:
+    """Return metrics, those of an interval, or those of whatever has ``metrics()``."""
+    found = given if isinstance(given, Metrics) else getattr(given, "metrics", None)
+    found = found() if callable(found) else found
+    if not isinstance(found, Metrics):
+        raise TypeError(
+            "metrics must be Metrics, or an object with metrics() such as an attached model, "
+            f"got {given!r}"
+        )
+    return found
+
+
 def _prometheus():
     """Return prometheus_client, or say how to get it."""
     try:
         import prometheus_client.core
     except ImportError:
         raise ImportError(
-            "Prometheus metrics need the package prometheus_client: pip install moe-gpu[metrics]"
+            "Prometheus metrics need prometheus_client: pip install prometheus-client"
         ) from None
     return prometheus_client
 
@@ -194,7 +206,9 @@ def prometheus_text(moe: HasMetrics, model: str = "model") -> str:
     return prometheus.generate_latest(registry).decode()
 
 
-def write_scalars(writer, metrics: Metrics, step: int, prefix: str = "moe_gpu") -> None:
+def write_scalars(
+    writer, metrics: Metrics | HasMetrics | Interval, step: int, prefix: str = "moe_gpu"
+) -> None:
     """Write every number as a TensorBoard scalar; what was not measured is left out.
 
     Tags are ``prefix/hits``, ``prefix/loads_by_tier/disk`` and ``prefix/layer_3/hits``.
@@ -202,10 +216,14 @@ def write_scalars(writer, metrics: Metrics, step: int, prefix: str = "moe_gpu") 
 
     Args:
         writer: A ``torch.utils.tensorboard.SummaryWriter``.
-        metrics: Totals, or the difference that a :class:`Meter` gives.
+        metrics: Totals, what has them, or the difference that a :class:`Meter` gives.
         step: Global step, such as the tokens so far.
         prefix: First part of every tag.
+
+    Raises:
+        TypeError: Neither metrics nor anything that has them.
     """
+    metrics = _metrics_of(metrics)
     parts = {prefix: metrics} | {f"{prefix}/layer_{x.layer}": x for x in metrics.layers}
     for place, part in parts.items():
         for name, value in _figures(part).items():
@@ -216,12 +234,15 @@ def write_scalars(writer, metrics: Metrics, step: int, prefix: str = "moe_gpu") 
                     writer.add_scalar(tag, number, step)
 
 
-def postfix(metrics: Metrics) -> dict[str, str]:
+def postfix(metrics: Metrics | HasMetrics | Interval) -> dict[str, str]:
     """Return what a progress bar should show, for ``tqdm.set_postfix``.
 
     Empty where nothing happened yet; parts that do not apply are left out.
+
+    Raises:
+        TypeError: Neither metrics nor anything that has them.
     """
-    m, shown = metrics, {}
+    m, shown = _metrics_of(metrics), {}
     if m.pairs:
         shown["hits"] = f"{m.hit_rate:.1%}"
     if m.tokens:
@@ -240,13 +261,17 @@ def postfix(metrics: Metrics) -> dict[str, str]:
     return shown
 
 
-def status_line(metrics: Metrics) -> str:
+def status_line(metrics: Metrics | HasMetrics | Interval) -> str:
     """Return one short line for a long run, made of :func:`postfix`.
+
+    Raises:
+        TypeError: Neither metrics nor anything that has them.
 
     Example:
         >>> status_line(moe.metrics())
         'hits 85.2%, loads/token 1.18, MB/token 0.35, stall 0.31 ms/token, slots 16/16'
     """
+    metrics = _metrics_of(metrics)
     shown = postfix(metrics)
     parts = [f"{name} {value}" for name, value in shown.items()]
     return ", ".join(parts if metrics.tokens or metrics.pairs else ["no tokens yet", *parts])

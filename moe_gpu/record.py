@@ -93,7 +93,15 @@ class RecordReader:
 
         Optional before :meth:`read`, and void once the layer routes again: request anew then. Does
         nothing where the record is in host memory.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured.
         """
+        if self.state.record_LR.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "an attached model cannot be captured in a CUDA graph: each layer reads its step "
+                "record on the host"
+            )
         self._bind()
         if self._arrived is not None:
             self._host_R.copy_(self._rows_L[layer], non_blocking=True)

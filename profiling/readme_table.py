@@ -114,13 +114,16 @@ def evicted(content: dict) -> str:
     gain = {name: 100 * value for name, value in decision["gain_recorded"].items()}
     bound = 100 * (hit_rate("Belady, bypass") - hit_rate("LRU"))
     worst = min(content["traces"], key=lambda row: row["default"]["value"])
+    kind, shape = worst["group"].split(", ")  # "synthetic, 64 top-6"
+    where = f"a {kind} one of {worst['trace']} ({shape.replace(' ', ' experts, ')})"
+    points = 100 * worst["default"]["value"]
+    change = "loses" if points < 0 else "gains"
     return (
         f"Eviction by {decision['default']['title']}: {gain['value']:+.2f} points of hit rate over "
         f"LRU ({gain['low']:+.2f} to {gain['high']:+.2f}) under exact routing, on text that did not "
-        f"choose its constants; Belady's optimum, which knows the future, gains {bound:+.2f}. On its "
-        f"worst trace ({worst['trace']}; {worst['group']}) the gain is "
-        f"{100 * worst['default']['value']:+.2f}. Means over three cache sizes, from "
-        "`profiling/results/eviction.md`."
+        f"choose its constants; Belady's optimum, which knows the future, gains {bound:+.2f}. On the "
+        f"worst of the traces, {where}, it {change} {abs(points):.2f} points. Means over three cache "
+        "sizes, from [eviction.md](profiling/results/eviction.md)."
     )
 
 

@@ -390,7 +390,7 @@ def main() -> int:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message=".*slots per layer are fewer.*")
+    warnings.filterwarnings("ignore", message=".*experts (of|that) one token")
     dice, tally, ended = random.Random(args.seed), Tally(), threading.Event()
     torch.manual_seed(args.seed)
     threading.Thread(target=watch, args=(tally, ended), daemon=True).start()

@@ -57,6 +57,10 @@ ARGUMENTS = [
     ({"slots": 2, "bypass": None}, TypeError, "bypass must be True or False, got None"),
     ({"slots": 2, "staging_slots": -1}, ValueError, "staging_slots must be an int >= 0, got -1"),
     ({"slots": 2, "prefetch": ["oracle"]}, ValueError, "prefetch must be among .* got 'oracle'"),
+    ({"slots": 2, "prefetch": None}, TypeError, "prefetch must hold names .* got None"),
+    ({"slots": 2, "residency": 3}, TypeError, "residency must be a path, got 3"),
+    ({"slots": 2, "host_memory": 3}, TypeError, r"host_memory is an argument of load\(\), not of"),
+    ({"slot": 2}, TypeError, r"attach\(\) got .* 'slot': did you mean 'slots'\?"),
     ({"slots": 2, "prefetch": [3]}, TypeError, "prefetch must hold names .* got 3"),
     ({"slots": 2, "prefill": "all"}, ValueError, "prefill must be 'last', 'warm' .* got 'all'"),
     ({"slots": 2, "timeout_s": 0}, ValueError, "timeout_s must be finite and > 0, got 0"),
@@ -168,10 +172,25 @@ def test_attaching_and_detaching_twice(model):
     with pytest.raises(RuntimeError, match="already detached"):
         moe.detach()
     with moe_gpu.attach(model, slots=5) as moe:
-        assert "5 of 8 experts resident" in repr(moe)
+        assert "attached, 2 layers, 5 of 8 experts resident per layer, policy=" in repr(moe)
     with moe_gpu.attach(model, slots=3) as moe:
-        assert "a pool of 6 for 16" in repr(moe)
-    assert "detached" in repr(moe)
+        assert "attached, 2 layers, a pool of 6 for 16 experts, policy=" in repr(moe)
+    assert "detached, 2 layers of 8 experts, policy=" in repr(moe)
+
+
+def test_what_needs_an_attached_model(model, tmp_path):
+    moe = moe_gpu.attach(model, slots=5)
+    with pytest.raises(RuntimeError, match=r"attached, not loaded: detach\(\) gives it back"):
+        moe.close()
+    logits_of(model, prompt(0))  # nothing has changed
+    moe.detach()
+    with pytest.raises(RuntimeError, match=r"set_policy\(\) needs an attached .* is detached"):
+        moe.set_policy(moe_gpu.Exact())
+    with pytest.raises(RuntimeError, match=r"save_residency\(\) needs an attached .* is detached"):
+        moe.save_residency(tmp_path / "r")
+    with pytest.raises(RuntimeError, match="already detached"):
+        moe.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_in_the_middle_changes_nothing(monkeypatch):
@@ -279,9 +298,11 @@ def test_converting_an_attached_model_is_noticed_and_undone_by_detach(name):
 
 
 def test_fewer_slots_than_one_token_needs(model):
-    with pytest.warns(RuntimeWarning, match="1 slots per layer are fewer than the 2 exp") as caught:
+    with pytest.warns(RuntimeWarning, match="a pool of 2 slots is smaller than the 4") as caught:
         moe_gpu.attach(model, slots=1).detach()
     assert len(caught) == 1 and caught[0].filename == __file__
+    with pytest.warns(RuntimeWarning, match="slots=1 per layer is fewer than the 2 e.* layer, wh"):
+        moe_gpu.attach(model, slots=1, pool=False).detach()
 
 
 def test_our_implementation_on_a_model_that_is_not_attached():

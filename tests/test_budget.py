@@ -40,10 +40,8 @@ def test_bytes(amount, expected):
 @pytest.mark.parametrize(
     "amount, error",
     [
-        ("20", ValueError),
         ("GiB", ValueError),
         ("-2GiB", ValueError),
-        ("2 bananas", ValueError),
         (0, ValueError),
         ("0", ValueError),
         ("0GiB", ValueError),
@@ -55,6 +53,16 @@ def test_bytes(amount, expected):
 def test_refuses_bytes(amount, error):
     with pytest.raises(error, match="gpu_memory must be"):
         parse_bytes("gpu_memory", amount)
+
+
+@pytest.mark.parametrize("amount", ["24", "1.5", "52M", "2 bananas"])
+def test_says_which_units_there_are(amount):
+    with pytest.raises(ValueError) as refused:
+        parse_bytes("gpu_memory", amount)
+    assert str(refused.value) == (
+        "gpu_memory needs a unit (B, kB, MB, GB, KiB, MiB, GiB, ...), "
+        f'as in "20GiB", got {amount!r}'
+    )
 
 
 @pytest.mark.parametrize("amount", [0, "0", " 0 ", "0GiB"])

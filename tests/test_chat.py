@@ -219,10 +219,11 @@ class Chatting:
         from demo.chat import Chat
 
         self.policies, self.capsys = [], capsys
+        self.now = Metrics(tokens=4, pairs=9, hits=6, layers=(LayerMetrics(layer=1),))
         moe = SimpleNamespace(
             state=SimpleNamespace(slot_of_LE=torch.zeros(2, 8), num_layers=2, num_experts=8),
             set_policy=self.policies.append,
-            metrics=lambda: Metrics(tokens=4, pairs=9, hits=6, layers=(LayerMetrics(layer=1),)),
+            metrics=lambda: self.now,
         )
         args = SimpleNamespace(
             model="some/model", max_new_tokens=20, seed=3, text_policy=("mass", 0.2)
@@ -250,6 +251,11 @@ def test_policies_reach_the_gates(chatting):
 def test_stats_go_by_layer(chatting):
     said = chatting.say("/stats\n")
     assert "4 tokens, hits 66.7%" in said and re.search(r"^ *1 +0\.0% +0", said, re.MULTILINE)
+
+
+def test_stats_before_any_token(chatting):
+    chatting.now = Metrics()
+    assert chatting.say("/stats\n").endswith("> /stats\nno tokens yet\n")
 
 
 def test_the_seed_makes_answers_repeatable(chatting, monkeypatch):

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -30,11 +31,42 @@ def test_resolves_folders(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path and resolve(str(tmp_path)) == tmp_path
     assert add_weights(tmp_path, tmp_path) == tmp_path  # nothing to download
     (tmp_path / "file").touch()
-    for wrong in (tmp_path / "none", "file", "./none", "a/b/c"):
-        with pytest.raises(
-            ValueError, match="path_or_id must be a folder or an id on the hub, got"
-        ):
+    with pytest.raises(ValueError, match="path_or_id must be a folder or .* hub, got 'file'"):
+        resolve("file")
+    for wrong in (tmp_path / "none", "./none", "none/", "org/none/", "a/b/c", "x" * 5000 + "/a/b"):
+        with pytest.raises(ValueError, match=f"path_or_id must be .* no folder '{wrong}'"):
             resolve(wrong)
+
+
+@pytest.mark.parametrize("read", [resolve, read_config])
+def test_a_folder_with_a_typing_error_without_a_network(read, tmp_path, monkeypatch):
+    calls = []
+
+    def unreachable(name, **arguments):
+        calls.append(name)
+        raise LocalEntryNotFoundError("Got: ConnectError: no route\nAn error happened ...")
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", unreachable)
+    monkeypatch.chdir(tmp_path)
+    said = (
+        "there is no folder 'nowhere', and as an id it could not be looked up on the hub: "
+        "ConnectError: no route$"
+    )
+    with pytest.raises((FileNotFoundError, ValueError), match=said):
+        read("nowhere")
+    assert calls == ["nowhere"]
+
+
+def test_the_config_of_a_repository(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    asked = []
+    monkeypatch.setattr(
+        checkpoint,
+        "snapshot_download",
+        lambda name, **how: asked.append((name, how["allow_patterns"])) or str(tmp_path),
+    )
+    assert read_config("org/model").model_type == "mixtral"
+    assert asked == [("org/model", ["config.json"])]
 
 
 @pytest.mark.parametrize(

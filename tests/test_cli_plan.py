@@ -13,7 +13,7 @@ from mixtral import EXPERT_BYTES, make_config
 from moe_gpu.__main__ import main
 from moe_gpu.huggingface import plan as planner
 from moe_gpu.huggingface.plan import plan_memory
-from moe_gpu.huggingface.plan_text import size
+from moe_gpu.huggingface.plan_text import plan_text, size
 from moe_gpu.huggingface.quantized import describe_quantization, refuse_quantized
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +174,7 @@ Homes of the experts                                       experts          size
   disk                                                          61     20.02 GiB
   host_memory, for pinned and pageable                                 64.00 GiB
   pinned_memory, a part of it                                          32.00 GiB
-  available on this machine, whence the defaults                      128.00 GiB
+  available on this machine (the defaults come from it)               128.00 GiB
 
 Per token, if 80.0% of its 64 routed pairs hit (an assumption)
   experts loaded                                                           12.80
@@ -184,6 +184,12 @@ Per token, if 80.0% of its 64 routed pairs hit (an assumption)
   tokens/s at most, from a disk of 3 GB/s alone                             2.79
   tokens/s at most, both overlapping                                        2.79
 """
+
+
+def test_rates_have_decimals_where_they_say_something(mixtral):
+    slow, fast = (plan_text(plan_memory(mixtral, link_gbps=gbps)) for gbps in (25, 25_000))
+    assert "alone                            5.54\n" in slow + "\n"
+    assert "alone                        5,544\n" in fast + "\n"
 
 
 def test_text(mixtral, capsys):
@@ -228,7 +234,7 @@ def test_nothing_pinned(mixtral):
     "options, message",
     [
         (["--gpu-memory", "2GiB"], "and one expert slot 352,321,536"),
-        (["--gpu-memory", "24"], "gpu_memory must be bytes or text such as \"20GiB\", got '24'"),
+        (["--gpu-memory", "24"], "gpu_memory needs a unit (B, kB, MB, GB, KiB, MiB, GiB, ...), as"),
         (["--gpu-memory", "0"], "gpu_memory must be >= 1 bytes, got '0'"),
         (["--context", "0"], "context_tokens must be >= 1, got 0"),
         (["--hit-rate", "1.5"], "hit_rate must be in [0, 1], got 1.5"),
@@ -279,7 +285,9 @@ def test_refused_places(tmp_path, capsys):
 
 def test_without_transformers(mixtral, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "error: this needs transformers: pip install moe-gpu[hf]" in refused(capsys, mixtral)
+    assert "error: this needs transformers: pip install 'transformers>=5.17'" in refused(
+        capsys, mixtral
+    )
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path, capsys):

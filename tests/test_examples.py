@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,7 +82,18 @@ def test_quickstart():
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     assert "PagingRequest(layer=0" in child.stdout
-    assert "Metrics(" in child.stdout and "tokens=5" in child.stdout
+    assert re.search(r"^5 tokens, hits [\d.]+%, swaps \d+$", child.stdout, re.MULTILINE)
+
+
+def test_without_torch_it_says_what_to_do():
+    child = subprocess.run(  # -S: without the packages of the environment
+        [sys.executable, "-S", DEMO], env=environment(), capture_output=True, text=True
+    )
+    assert (child.returncode, child.stdout) == (2, "")
+    assert child.stderr == (
+        "mixtral_inference.py: error: torch is not installed for this Python: activate .venv "
+        "(`. .venv/bin/activate`), or pip install '.[hf]'\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +151,9 @@ def test_screen_shows_text_table_and_conditions(quick):
     assert content["conditions"]["torch"] in quick.stdout
     said = " ".join(quick.stdout.split())
     assert "no claim about speed" in said or torch.cuda.is_available()
+    assert "prompt 1 of 1, under mass:0.05" in said
+    assert "96 tokens are too few to tell 0.1 % of perplexity apart." in said
+    assert "disk" not in said
 
 
 def test_verify_says_what_it_compared(quick):
@@ -153,6 +168,62 @@ def test_trace_has_the_ranges_and_nothing_else_is_left(quick):
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"moe_gpu::route", "moe_gpu::page_in", "moe_gpu::experts"} <= names
     assert sorted(p.name for p in quick.folder.iterdir()) == ["out.json", "prof"]
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """A run of the demo that holds no expert in host memory."""
+    folder = tmp_path_factory.mktemp("on_disk")
+    options = "--quick --eval-tokens 8 --policy exact --prompt a --prompt b --host-memory 0"
+    child = subprocess.run(
+        [sys.executable, DEMO, *options.split(), "--profile", folder / "prof"],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    return SimpleNamespace(folder=folder, stdout=child.stdout)
+
+
+def test_trace_has_the_copies_of_the_other_thread(on_disk):
+    (trace,) = (on_disk.folder / "prof").iterdir()
+    events = json.loads(trace.read_text())["traceEvents"]
+    threads = {
+        name: {event["tid"] for event in events if event.get("name") == f"moe_gpu::{name}"}
+        for name in ("page_in", "experts")
+    }
+    assert threads["page_in"] and not threads["page_in"] & threads["experts"]
+
+
+def test_it_says_what_came_from_disk(on_disk):
+    said = " ".join(on_disk.stdout.split())
+    assert "Homes: 0 experts in host memory, 32 on disk; 100 % of the bytes came from disk." in said
+    if not torch.cuda.is_available():
+        assert "within this machine's memory, or from its disk: tokens/s here is no claim" in said
+
+
+def test_prompts_are_numbered_and_apart(on_disk):
+    first, second = (on_disk.stdout.index(f"prompt {i} of 2, under exact") for i in (1, 2))
+    assert on_disk.stdout[first:second].endswith("\n\n")
+
+
+@pytest.mark.parametrize(
+    "loads, said",
+    [
+        ([(3, 1), (0, 4)], "; 62 % of the bytes came from disk"),
+        ([(0, 0)], ""),  # every expert has a slot
+    ],
+)
+def test_share_from_disk(loads, said):
+    from demo.report import from_disk
+
+    rows = [{"loads_by_tier": dict(zip(("pageable", "disk"), pair, strict=True))} for pair in loads]
+    assert from_disk(rows) == said
+
+
+def test_a_torch_without_the_option_traces_all_the_same(monkeypatch, tmp_path):
+    from demo.trace import write_trace
+
+    monkeypatch.setattr(torch._C._profiler, "_ExperimentalConfig", lambda: None)
+    assert write_trace(tmp_path / "prof", lambda: torch.ones(1) + 1).is_file()
 
 
 def test_ctrl_c_leaves_no_partial_file(tmp_path):
@@ -263,7 +334,7 @@ def test_refuses_options(options, sentence, capsys, monkeypatch):
         ("--device tpu", "--device tpu: must be cuda, cuda:N or cpu"),
         ("--device cuda:99", "--device cuda:99: this machine has"),
         ("--slots 9", "slots must lie in [1, 8], the experts per layer, got 9"),
-        ("--gpu-memory 5parsecs", "must be bytes or text such as \"20GiB\", got '5parsecs'"),
+        ("--gpu-memory 5parsecs", "\"20GiB\", got '5parsecs'"),
         ("--gpu-memory 1KiB", "gpu_memory=1,024 bytes is too small"),
         ("--eval-tokens 999999999", "--eval-tokens 999999999: Python's help topics has"),
         ("--max-new-tokens 600", "over the model's limit of 512"),

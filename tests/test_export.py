@@ -186,7 +186,24 @@ def test_without_the_extra_it_says_what_to_install():
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     said = child.stdout.splitlines()
-    assert len(said) == 2 and all("pip install moe-gpu[metrics]" in line for line in said)
+    assert len(said) == 2 and all("pip install prometheus-client" in line for line in said)
+
+
+def test_takes_metrics_or_what_has_them(tmp_path):
+    class Handle:
+        def metrics(self):
+            return full()
+
+    interval = Meter(Handle())()
+    assert postfix(Handle()) == postfix(full()) and postfix(interval) == postfix(interval.metrics)
+    assert status_line(Handle()) == status_line(full()) and status_line(interval)
+    with SummaryWriter(tmp_path) as writer:
+        write_scalars(writer, Handle(), step=1)
+    assert scalars(tmp_path)["moe_gpu/hits"] == [(1, full().hits)]
+    for use in (postfix, status_line, lambda other: write_scalars(None, other, 1)):
+        for other in (None, {"hits": 1}, "hits"):
+            with pytest.raises(TypeError, match="metrics must be Metrics, or an object with"):
+                use(other)
 
 
 def scalars(folder):

@@ -154,7 +154,7 @@ def on_threads(*jobs, timeout_s=60):
     pytest.param({"pool": True, "prefetch": ["next_gate", "affinity"]}, id="pool-prefetch"),
     pytest.param({"link_gbps": 1.0}, id="link"),
 ])  # fmt: skip
-@pytest.mark.filterwarnings("ignore:1 slots per layer")
+@pytest.mark.filterwarnings("ignore:.*experts (of|that) one token")
 def test_read_error(folder, reference, monkeypatch, options):
     model, moe = load(folder, **options)
     with moe:
@@ -502,7 +502,7 @@ def test_an_exception_in_the_middle_of_a_forward(folder, reference, number, opti
             assert torch.equal(logits_of(model, ids), reference.logits(ids))
 
 
-@pytest.mark.filterwarnings("ignore:1 slots per layer")
+@pytest.mark.filterwarnings("ignore:.*experts (of|that) one token")
 @pytest.mark.parametrize("staging_slots", [0, 2])
 def test_an_exception_that_is_kept_keeps_no_slots(folder, reference, staging_slots):
     """A traceback (that of a notebook's last error, say) holds the frames of the failed forward."""

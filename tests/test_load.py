@@ -25,6 +25,7 @@ from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     without_interpreter,
 )
 from moe_gpu import CacheBonus, Exact
+from moe_gpu.huggingface.attach import LOAD_ONLY
 from moe_gpu.huggingface.options import Options
 from moe_gpu.offload import LFU, pinning
 from moe_gpu.offload.residency import Residency
@@ -162,7 +163,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:1.5 slots per layer")
+@pytest.mark.filterwarnings("ignore:.*experts (of|that) one token")
 @pytest.mark.parametrize("name, value, get, expected", OPTIONS)
 def test_every_option_arrives(name, value, get, expected, folder):
     arguments = {name: value}
@@ -179,8 +180,15 @@ def test_every_option_arrives(name, value, get, expected, folder):
 def test_no_option_is_left_out():
     names = [field.name for field in dataclasses.fields(Options)]
     assert sorted(parameter.values[0] for parameter in OPTIONS) == sorted(names)
-    own = inspect.signature(moe_gpu.attach).parameters.keys() - {"model", "device"}
-    assert own == set(names)
+    attaching, loading = (
+        {name for name, p in inspect.signature(verb).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        for verb in (moe_gpu.attach, moe_gpu.load)
+    )
+    assert attaching - {"device"} == set(names)
+    assert loading - attaching == LOAD_ONLY
+    defaults = inspect.signature(moe_gpu.attach).parameters
+    for name, parameter in inspect.signature(moe_gpu.load).parameters.items():
+        assert name not in names or parameter.default == defaults[name].default
 
 
 @pytest.mark.parametrize(
@@ -243,8 +251,15 @@ def test_residency_decides_who_is_kept_in_memory(folder, tmp_path):
         ({}, ValueError, "exactly one of slots, resident and gpu_memory, got {}"),
         ({"slots": 3, "resident": 0.5}, ValueError, "exactly one of slots"),
         ({"slots": 9}, ValueError, r"slots must lie in \[1, 8\]"),
-        ({"slots": 3, "colour": 1}, TypeError, r"load\(\) got an unexpected .* 'colour'"),
+        ({"slots": 3, "colour": 1}, TypeError, r"load\(\) got an unexpected .* 'colour'$"),
+        ({"slot": 3}, TypeError, r"argument 'slot': did you mean 'slots'\?"),
+        ({"slots": 3, "evict": "lru"}, TypeError, r"'evict': did you mean 'eviction'\?"),
+        ({"slots": 3, "host_mem": 3}, TypeError, r"'host_mem': did you mean 'host_memory'\?"),
+        ({"slots": 3, "prefetch": None}, TypeError, r"prefetch must hold names .*, got None"),
+        ({"slots": 3, "prefetch": True}, TypeError, r"prefetch must hold names .*, got True"),
+        ({"slots": 3, "residency": 3}, TypeError, "residency must be a path, got 3"),
         ({"slots": 3, "host_memory": "many"}, ValueError, "host_memory must be bytes or text"),
+        ({"gpu_memory": "24"}, ValueError, r"gpu_memory needs a unit \(B, kB, .* got '24'"),
         ({"slots": 3, "host_memory": -1}, ValueError, "host_memory must be >= 0 bytes, got -1"),
         (
             {"slots": 3, "host_memory": 5, "pinned_memory": 6},
@@ -364,12 +379,16 @@ def test_checkpoints(change, error, message, tmp_path, nothing_read):
 
 
 def test_neither_folder_nor_hub_id(tmp_path):
-    with pytest.raises(ValueError, match="must be a folder or an id on the hub"):
+    with pytest.raises(ValueError, match="must be a folder or .*: there is no folder '.*missing'"):
         moe_gpu.load(tmp_path / "missing", slots=3)
+    with pytest.raises(ValueError, match="must be a folder or an id on the hub, got ''"):
+        moe_gpu.load("", slots=3)
+    with pytest.raises(TypeError, match="must be a folder or an id on the hub, got None"):
+        moe_gpu.load(None, slots=3)
 
 
 def test_fewer_slots_than_one_token_needs(folder):
-    with pytest.warns(RuntimeWarning, match="1 slots per layer are fewer") as caught:
+    with pytest.warns(RuntimeWarning, match="a pool of 2 slots is smaller than the 4") as caught:
         moe_gpu.load(folder, slots=1)[1].close()
     assert caught[0].filename == __file__  # whose call it is
 
@@ -469,8 +488,15 @@ def test_a_closed_model_says_so(use, folder, tmp_path):
     for verb in (moe.close, moe.detach):
         with pytest.raises(RuntimeError, match="already closed"):
             verb()
-    with pytest.raises(ValueError, match="on device meta"):
-        moe_gpu.attach(model, slots=3)
+    assert "resident" not in repr(moe)
+    for again in (
+        lambda: moe_gpu.attach(model, slots=3),
+        lambda: moe_gpu.attach(model.model, slots=3),
+    ):
+        with pytest.raises(RuntimeError, match="this model was closed .* load it again"):
+            again()
+    with pytest.raises(RuntimeError, match=r"set_policy\(\) needs an attached .* is closed"):
+        moe.set_policy(Exact())
 
 
 def test_the_context_manager_closes(folder):

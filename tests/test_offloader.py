@@ -1,13 +1,14 @@
 """ExpertOffloader: exact bytes under every history, and a sound state after every accident."""
 
 import random
+import warnings
 
 import pytest
 import torch
 
 from moe_gpu import PagingRequest, Priority, RouterState
 from moe_gpu.kernels.route_ref import Rule
-from moe_gpu.offload import ExpertOffloader
+from moe_gpu.offload import ExpertOffloader, pinning
 from offloading import assert_consistent, make_offloader, make_store, route, run_step
 
 
@@ -42,6 +43,18 @@ def test_counts_add_up():
     offloader.reset_metrics()
     assert offloader.metrics().loads == offloader.metrics().waves == 0
     assert offloader.metrics().stall_ms == 0.0
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["this thread", "the pager's"])
+def test_filling_stalls_nobody(inline):
+    offloader, weights = make_offloader(slots=4, fill=False)
+    offloader._transfer.runs_inline = lambda copy: inline
+    offloader.fill()
+    assert (offloader.metrics().filled, offloader.metrics().stall_ms) == (4, 0.0)
+    route(offloader.state, [[0, 5]])
+    run_step(offloader, weights, 2)
+    if inline:  # else it may have arrived before anybody waits
+        assert offloader.metrics().stall_ms > 0
 
 
 @pytest.mark.parametrize("eviction", ["lru", "affinity"])
@@ -215,12 +228,48 @@ def test_refuses_a_store_of_another_shape():
         ExpertOffloader(RouterState(2, 8), store, 4)
 
 
-def test_warns_where_one_token_needs_waves():
-    with pytest.warns(RuntimeWarning, match="1 slots per layer are fewer than the 2 experts") as w:
-        make_offloader(slots=1, top_k=2)
-    assert len(w) == 1
-    make_offloader(slots=2, top_k=2)
-    assert len(w) == 1
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"slots": 1, "top_k": 2, "staging_slots": 2},
+            "slots=1 per layer is fewer than the 2 experts that one token needs there: every token "
+            "loads in every layer, which is slow",
+        ),
+        (
+            {"slots": 1, "top_k": 4, "staging_slots": 2},  # three at a time
+            "slots=1 per layer is fewer than the 4 experts that one token needs there: every token "
+            "loads in every layer, in several passes, which is slow",
+        ),
+        ({"slots": 2, "top_k": 2, "staging_slots": 0}, None),
+        (
+            {"slots": 4, "top_k": 2, "layers": 4, "pool": True, "staging_slots": 2},
+            "a pool of 4 slots is smaller than the 8 experts of one token (4 layers x top-2): "
+            "every token loads some, which is slow",
+        ),
+        (
+            {"slots": 1, "top_k": 2, "layers": 1, "pool": True, "staging_slots": 0},
+            "a pool of 1 slot is smaller than the 2 experts of one token (1 layer x top-2): "
+            "every token loads some, in several passes, which is slow",
+        ),
+        ({"slots": 8, "top_k": 2, "layers": 4, "pool": True}, None),
+    ],
+)
+def test_warns_where_one_token_needs_more_slots(options, message):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_offloader(**options)
+    assert [str(warning.message) for warning in caught] == [message] * (message is not None)
+
+
+def test_a_forked_child_does_not_wait_for_the_parents_device(monkeypatch):
+    offloader, _ = make_offloader()
+    calls = []
+    monkeypatch.setattr(offloader._transfer, "synchronize", lambda: calls.append(1))
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    offloader._shut_down()
+    assert not calls
+    pinning.page_unlock(pinning.whole_pages(8))  # asks CUDA for nothing
 
 
 def test_works_in_and_out_of_inference_mode():

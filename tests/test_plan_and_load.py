@@ -24,7 +24,7 @@ def slots(number):
     return BESIDE + (number + 2) * EXPERT_BYTES
 
 
-@pytest.mark.filterwarnings("ignore:.* slots per layer", "ignore:experts are to take")
+@pytest.mark.filterwarnings("ignore:.*experts (of|that) one token", "ignore:experts are to take")
 @pytest.mark.parametrize(
     "gpu_memory, host_memory, available",
     [

@@ -168,7 +168,7 @@ def test_table_says_what_eviction_is_worth(table):
             for title, by_size in rates.items()
         ],
         "traces": [
-            {"group": "drawn", "trace": trace, "default": {"value": gain}}
+            {"group": "drawn, 9 top-3", "trace": trace, "default": {"value": gain}}
             for trace, gain in (("calm", 0.2), ("bursts", -0.01))
         ],
     }
@@ -176,7 +176,11 @@ def test_table_says_what_eviction_is_worth(table):
     assert table().returncode == 0
     text = table.readme.read_text()
     assert "affinity 0.9/0.1, bypass: +10.00 points of hit rate over LRU (+9.00 to +11.20)" in text
-    assert "gains +25.00. On its worst trace (bursts; drawn) the gain is -1.00." in text
+    assert (
+        "gains +25.00. On the worst of the traces, a drawn one of bursts (9 experts, top-3), "
+        in text
+    )
+    assert "it loses 1.00 points." in text
 
 
 def test_table_refuses_a_readme_without_markers(table):

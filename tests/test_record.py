@@ -1,5 +1,7 @@
 """StepRecord and RecordReader: rows typed by hand, then what a real route call leaves."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,11 @@ def test_reads_from_the_device():
     reader.request(0)
     assert reader.read(1).executed_E.tolist() == [9, 0, 0, 0]
     assert reader.read(0).executed_E.tolist() == [0, 0, 0, 0]
+
+
+def test_a_capture_is_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    RecordReader(make_state()).request(0)  # in host memory: nothing to copy
+    on_device = SimpleNamespace(num_layers=2, record_LR=SimpleNamespace(is_cuda=True))
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: each layer reads"):
+        RecordReader(on_device).request(0)

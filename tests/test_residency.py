@@ -100,7 +100,7 @@ def steps(moe, seed):
 @pytest.mark.parametrize("way", ["attach", "load"])
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("pool", [False, True], ids=["per-layer", "pool"])
-@pytest.mark.filterwarnings("ignore:1 slots per layer")
+@pytest.mark.filterwarnings("ignore:.*experts (of|that) one token")
 def test_any_number_of_slots_holds_the_hottest(pool, slots, way, folder, used):
     heat_LE = Residency.load(used).heat()
     with start(way, folder, slots=slots, pool=pool, residency=used) as moe:
@@ -143,9 +143,13 @@ def test_output_does_not_depend_on_it(folder, used):
     assert torch.equal(*logits)
 
 
-def test_can_be_saved_after_the_end(folder, tmp_path):
+def test_can_be_saved_after_the_end_and_to_a_folder_that_exists(folder, tmp_path):
     _, moe = moe_gpu.load(folder, slots=3)
     text_of(moe.model, prompt())
+    file = tmp_path / "none" / "r"
+    with pytest.raises(FileNotFoundError, match=f"path='{file}' .* no folder '{file.parent}'"):
+        moe.save_residency(file)
+    assert not list(tmp_path.iterdir())
     moe.save_residency(tmp_path / "before")
     moe.close()
     moe.save_residency(tmp_path / "after")

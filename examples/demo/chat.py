@@ -170,7 +170,8 @@ class Chat:
 
     def _show_stats(self) -> None:
         metrics = self._moe.metrics()
-        say(f"{metrics.tokens:,} tokens, {status_line(metrics)}")
+        counted = f"{metrics.tokens:,} tokens, " if metrics.tokens else ""  # else the line says so
+        say(counted + status_line(metrics))
         if metrics.layers:
             out.print(layers_table(metrics))
 

@@ -86,6 +86,7 @@ def measure(
         "swaps_per_token": counts.swaps / counts.tokens,
         "loads_per_token": counts.loads / counts.tokens,
         "mb_per_token": counts.bytes_loaded / 1e6 / counts.tokens,
+        "loads_by_tier": counts.loads_by_tier,
         "tokens_per_second": counts.tokens / seconds,
         "perplexity": perplexity(every_nll),
         "perplexity_by_domain": {domain: perplexity(nll) for domain, nll in nlls.items()},

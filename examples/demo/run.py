@@ -45,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
 def write_texts(args, model, moe, tokenizer, prompts) -> list[dict]:
     """Continue every prompt before the user's eyes, under the policy that was named last."""
     moe.set_policy(measure.make_policy(*args.text_policy))
-    title = f"text under {measure.label(args.text_policy)}"
-    generations = []
-    for prompt, ids in prompts:
+    policy, generations = measure.label(args.text_policy), []
+    for number, (prompt, ids) in enumerate(prompts, start=1):
+        title = f"prompt {number} of {len(prompts)}, under {policy}"
         with screen.Stream(tokenizer, title, prompt, args.max_new_tokens) as stream:
             session.generate(model, tokenizer, ids, args.max_new_tokens, args.seed, stream)
+        print()
         generations.append({"prompt": prompt, "text": stream.written})
     return generations
 

@@ -24,11 +24,15 @@ from ..state import RouterState
 from ..waiting import wait_event
 from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
 from .families import MoEBlock, find_blocks
-from .options import Options, SlotChoice
+from .options import Options, SlotChoice, refuse_unknown
 from .router import RoutedForward
 from .weights import ExpertWeights, common_layout
 
 FORWARD_S = 600.0  # how long a forward waits for one on another thread
+# what load() takes beside the arguments of attach()
+LOAD_ONLY = frozenset(
+    ("dtype", "host_memory", "dequantize", "revision", "cache_dir", "token", "progress")
+)
 
 
 class AttachedMoE(NotCopyable):
@@ -190,6 +194,7 @@ class AttachedMoE(NotCopyable):
 
         A model that came from :func:`moe_gpu.load` ends up whole in host memory; where it does
         not fit there, :meth:`close` is what you want. Waits for a forward on another thread.
+        Compute on streams other than the current one must have finished: see to that yourself.
 
         Raises:
             RuntimeError: Already detached, or called from inside an expert.
@@ -218,11 +223,20 @@ class AttachedMoE(NotCopyable):
         return needed
 
     def close(self) -> None:
-        """Free the experts for good: the model cannot compute any more. Metrics stay readable.
+        """Free a loaded model's experts for good: it cannot compute any more. Metrics stay readable.
+
+        Waits for a forward on another thread. Compute on streams other than the current one must
+        have finished: see to that yourself.
 
         Raises:
-            RuntimeError: Already detached or closed, or called from inside an expert.
+            RuntimeError: The model was attached, not loaded: :meth:`detach` gives it back. Or
+                already detached or closed, or called from inside an expert.
         """
+        if self._attached and not self._weights.loaded:
+            raise RuntimeError(
+                "close() would destroy the weights of a model that was attached, not loaded: "
+                "detach() gives it back"
+            )
         with self._alone("close"):
             self._abandon()
             self._attached, self._closed = False, True
@@ -248,6 +262,10 @@ class AttachedMoE(NotCopyable):
     def _status(self) -> str:
         return "attached" if self._attached else "closed" if self._closed else "detached"
 
+    def _check_attached(self, verb: str) -> None:
+        if not self._attached:
+            raise RuntimeError(f"{verb}() needs an attached model: this one is {self._status}")
+
     def _check_can_end(self, verb: str) -> None:
         if not self._attached:
             raise RuntimeError(f"this model is already {self._status}")
@@ -259,7 +277,9 @@ class AttachedMoE(NotCopyable):
 
         Raises:
             TypeError: Not a policy.
+            RuntimeError: Detached or closed.
         """
+        self._check_attached("set_policy")
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be Exact, CacheBonus or MassBudget, got {policy!r}")
         for gate in self.gates:
@@ -297,6 +317,10 @@ class AttachedMoE(NotCopyable):
 
         The file appears whole or not at all (safetensors). Synchronises, and waits for a forward
         on another thread.
+
+        Raises:
+            FileNotFoundError: No folder to write it to.
+            RuntimeError: Detached or closed.
         """
         with self.offloader.lock:
             kept = Residency.of(self.offloader)
@@ -311,11 +335,15 @@ class AttachedMoE(NotCopyable):
 
     def __repr__(self) -> str:
         layers, experts = self.state.num_layers, self.state.num_experts
-        slots = f"{self.offloader.num_slots} of {experts} experts resident"
-        if self.offloader.is_pool:
+        sizes = f"{layers} layers of {experts} experts"
+        if self._attached and self.offloader.is_pool:
             slots = f"a pool of {self.offloader.num_slots} for {layers * experts} experts"
+            sizes = f"{layers} layers, {slots}"
+        elif self._attached:
+            slots = f"{self.offloader.num_slots} of {experts} experts resident per layer"
+            sizes = f"{layers} layers, {slots}"
         return (
-            f"AttachedMoE({type(self.model).__name__}, {self._status}, {layers} layers, {slots}, "
+            f"AttachedMoE({type(self.model).__name__}, {self._status}, {sizes}, "
             f"policy={self.gates[0].policy})"
         )
 
@@ -347,6 +375,7 @@ def attach(
     timers: bool = False,
     timeout_s: float = 60.0,
     link_gbps: float | None = None,
+    **unknown,
 ) -> AttachedMoE:
     """Route a transformers MoE model through gates, with part of its experts on the device.
 
@@ -393,6 +422,7 @@ def attach(
         timers: Measure route latency and, on CUDA, stalls.
         timeout_s: Bound of every wait for a copy, in seconds.
         link_gbps: On the CPU, simulate a link of so many 10^9 bytes per second.
+        **unknown: Refused, with what was probably meant.
 
     Returns:
         The handle: metrics, policy, detach.
@@ -400,7 +430,7 @@ def attach(
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: No MoE layer, an unknown family, or an argument outside its bounds.
-        RuntimeError: Already attached.
+        RuntimeError: Already attached, or closed.
         MemoryError: The slots do not fit on the device; the model is as it was.
 
     Example:
@@ -409,7 +439,11 @@ def attach(
         >>> moe.metrics().hit_rate
         >>> moe.detach()
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "device")}
+    options = {n: v for n, v in locals().items() if n not in ("model", "device", "unknown")}
+    for name in unknown:
+        if name in LOAD_ONLY:
+            raise TypeError(f"{name} is an argument of load(), not of attach()")
+    refuse_unknown(attach, unknown)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {model!r}")
     blocks = find_blocks(model)
@@ -417,6 +451,8 @@ def attach(
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if any(ATTRIBUTE in block.experts.__dict__ for block in blocks):
         raise RuntimeError("model is already attached: detach() it first")
+    if any(block.router.__dict__.get("forward") is _refuse_closed for block in blocks):
+        _refuse_closed()
     layout, num_experts = common_layout(blocks)
     own_device = _only_device(model)
     options = Options(**options)
@@ -468,10 +504,14 @@ def make_gates(
 
 def warn_of_few_slots(choice: SlotChoice, blocks: list[MoEBlock]) -> None:
     """Warn the caller's caller where one token alone needs more experts than there are slots."""
-    per_layer = choice.slots / len(blocks) if choice.pool else choice.slots
-    top_k = blocks[0].router.top_k
-    if per_layer < top_k:
-        warn_few_slots(per_layer, top_k, stacklevel=4)
+    warn_few_slots(
+        choice.slots,
+        blocks[0].router.top_k,
+        layers=len(blocks),
+        pool=choice.pool,
+        staging_slots=choice.staging,
+        stacklevel=4,
+    )
 
 
 def _refuse_closed(*_, **__):

@@ -30,9 +30,14 @@ def parse_bytes(name: str, amount: int | str, minimum: int = 1) -> int:
     if isinstance(amount, str) and amount.strip() == "0":
         num_bytes = 0
     elif isinstance(amount, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", amount)
-        if match is None or match[2].upper() not in _UNITS:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", amount)
+        if match is None:
             raise ValueError(f'{name} must be bytes or text such as "20GiB", got {amount!r}')
+        if match[2].upper() not in _UNITS:
+            raise ValueError(
+                f"{name} needs a unit (B, kB, MB, GB, KiB, MiB, GiB, ...), "
+                f'as in "20GiB", got {amount!r}'
+            )
         num_bytes = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     elif isinstance(amount, int) and not isinstance(amount, bool):
         num_bytes = amount

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,14 +41,22 @@ def resolve(
         token: Access token for the hub; see ``huggingface_hub``.
 
     Raises:
+        TypeError: Not a path.
         ValueError: Neither a folder nor an id.
+        FileNotFoundError: No such folder, and the hub cannot be reached.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(path_or_id)) is None:
-        raise ValueError(f"path_or_id must be a folder or an id on the hub, got {path_or_id!r}")
-    return _download(path_or_id, _SMALL_FILES, revision, cache_dir=cache_dir, token=token)
+    wanted = "path_or_id must be a folder or an id on the hub"
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise TypeError(f"{wanted}, got {path_or_id!r}")
+    name = str(path_or_id)
+    folder = os.path.expanduser(name)  # pathlib's is_dir raises for a name that is too long
+    if os.path.isdir(folder):
+        return Path(folder)
+    if not name or os.path.exists(folder):
+        raise ValueError(f"{wanted}, got {name!r}")
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is None:
+        raise ValueError(f"{wanted}: there is no folder {name!r}")
+    return _look_up(name, _SMALL_FILES, revision, cache_dir=cache_dir, token=token)
 
 
 def add_weights(
@@ -83,12 +92,27 @@ def _download(path_or_id, files: list[str], revision: str | None, **where) -> Pa
     return Path(snapshot_download(str(path_or_id), revision=revision, **patterns, **where))
 
 
+def _look_up(name: str, files: list[str], revision: str | None = None, **where) -> Path:
+    """Download files of what may be a folder with a typing error; does not try again and again."""
+    try:
+        return _download(name, files, revision, **where)
+    except LocalEntryNotFoundError as error:
+        cause = _first_line(error).removeprefix("Got: ")
+        raise FileNotFoundError(
+            f"there is no folder {name!r}, and as an id it could not be looked up on the hub: "
+            f"{cause}"
+        ) from error
+
+
 def read_config(model: str | Path) -> PreTrainedConfig:
     """Return the config of a folder, of a JSON file or of a hub id; runs no remote code.
 
     Raises:
+        TypeError: Not a path.
         ValueError: Neither of these, or a config that transformers cannot read.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model must be a folder, a JSON file or an id on the hub, got {model!r}")
     name = str(model)
     local = os.path.exists(name)  # pathlib's raises for a name that is too long
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -96,7 +120,9 @@ def read_config(model: str | Path) -> PreTrainedConfig:
     if not local and not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?(?<!\.json)", name):
         raise ValueError(f"model {name}: there is no such folder or file")
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        # transformers' own look-up tries for half a minute where there is no network
+        place = name if local else _look_up(name, ["config.json"])
+        return AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file raises what its reader happens to raise
         raise ValueError(f"model {name}: {_first_line(error)}") from error
 

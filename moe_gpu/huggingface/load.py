@@ -14,6 +14,7 @@ from ..offload.disk import DiskExperts
 from ..offload.residency import Residency
 from ..offload.shards import Shards
 from ..offload.tiers import Tier, available_memory, host_budget, place
+from ..policies import MassBudget, Policy
 from .attach import AttachedMoE, make_gates, warn_of_few_slots
 from .budget import parse_bytes
 from .checkpoint import (
@@ -28,7 +29,7 @@ from .checkpoint import (
 )
 from .families import MoEBlock, find_blocks
 from .loading import load_dense
-from .options import Options
+from .options import Options, refuse_unknown
 from .origins import locate_experts
 from .weights import ExpertWeights, common_layout
 
@@ -38,6 +39,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load(
     path_or_id: str | Path,
     *,
+    slots: int | None = None,
+    resident: float | int | None = None,
+    gpu_memory: int | str | None = None,
+    policy: Policy = MassBudget(0.05),  # noqa: B008 - frozen dataclass
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     host_memory: int | str | None = None,
@@ -56,6 +61,11 @@ def load(
 
     Args:
         path_or_id: A local folder, or an id on the Hugging Face hub.
+        slots: Experts per layer on the device, in [1, E]. Exactly one of this and the next two is
+            needed.
+        resident: The same as a share of E in (0, 1], rounded down, or as an int.
+        gpu_memory: Bytes, or text such as ``"20GiB"``, for all that is on the device.
+        policy: How far routing may move towards resident experts.
         device: Where the model computes. Default: CUDA where there is one.
         dtype: Of the weights: a torch dtype, its name, or ``"auto"``, the checkpoint's own.
         host_memory: Bytes, or text such as ``"64GiB"``, for expert weights in host memory, the
@@ -66,8 +76,7 @@ def load(
         cache_dir: Where downloads are kept; see ``huggingface_hub``.
         token: Access token for the hub; see ``huggingface_hub``.
         progress: Show a bar. Default: where stderr is a terminal.
-        **options: Keyword arguments of :func:`moe_gpu.attach`; exactly one of ``slots``,
-            ``resident`` and ``gpu_memory`` is needed.
+        **options: The other keyword arguments of :func:`moe_gpu.attach`, which describes all.
 
     Returns:
         The model, attached, in eval mode; and the handle, whose ``close()`` frees the experts for
@@ -76,6 +85,7 @@ def load(
     Raises:
         TypeError: An argument of the wrong type, or one that does not exist.
         ValueError: An argument outside its bounds, an unknown family, a quantized checkpoint.
+        FileNotFoundError: No such folder, and the hub cannot be reached.
         CheckpointError: Files that are damaged, incomplete or not of this model.
         MemoryError: The slots do not fit on the device.
 
@@ -84,7 +94,10 @@ def load(
         >>> model.generate(**inputs)
         >>> moe.metrics().loads_by_tier
     """
-    options = Options.of("load", **options)
+    refuse_unknown(load, options)
+    options = Options(
+        slots=slots, resident=resident, gpu_memory=gpu_memory, policy=policy, **options
+    )
     if host_memory is not None:
         host_memory = parse_bytes("host_memory", host_memory, minimum=0)
     dtype, device = _check_dtype(dtype), _check_device(device)

@@ -1,6 +1,8 @@
 """What ``attach`` and ``load`` can be asked for, checked before anything changes."""
 
-from collections.abc import Iterable
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,6 +24,22 @@ from .budget import (
     slots_of_share,
 )
 from .families import MoEBlock
+
+
+def refuse_unknown(function: Callable, given: Iterable[str]) -> None:
+    """Refuse keyword arguments that are neither a function's own nor options.
+
+    Raises:
+        TypeError: Names the first of them, and the argument that was probably meant.
+    """
+    own = inspect.signature(function).parameters.values()
+    known = {parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY}
+    known |= {field.name for field in fields(Options)}
+    for name in sorted(set(given) - known):
+        nearest = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+        verb = function.__name__
+        raise TypeError(f"{verb}() got an unexpected keyword argument {name!r}{hint}")
 
 
 class SlotChoice(NamedTuple):
@@ -93,14 +111,6 @@ class Options:
         object.__setattr__(self, "prefetch", check_predictors(self.prefetch))
         # the gate's own checks, here already: weights may have to be downloaded before there is one
         MoEGate(num_experts=1, top_k=1, **self.of_gates())
-
-    @classmethod
-    def of(cls, verb: str, **given) -> "Options":
-        """Return the options given to a function; ``verb`` is its name, for the refusal."""
-        unknown = sorted(given.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise TypeError(f"{verb}() got an unexpected keyword argument {unknown[0]!r}")
-        return cls(**given)
 
     @property
     def pinned_bytes(self) -> int | None:

@@ -80,7 +80,7 @@ def _host(plan: MemoryPlan) -> list[str]:
     lines += [
         _row("  host_memory, for pinned and pageable", size(host.host_memory)),
         _row("  pinned_memory, a part of it", size(host.pinned_memory)),
-        _row("  available on this machine, whence the defaults", free),
+        _row("  available on this machine (the defaults come from it)", free),
     ]
     return lines
 
@@ -119,4 +119,6 @@ def _traffic(plan: MemoryPlan) -> list[str]:
 
 
 def _rate(tokens_per_s: float | None) -> str:
-    return "no limit" if tokens_per_s is None else f"{tokens_per_s:,.2f}"
+    if tokens_per_s is None:
+        return "no limit"
+    return f"{tokens_per_s:,.2f}" if tokens_per_s < 100 else f"{tokens_per_s:,.0f}"

@@ -117,7 +117,7 @@ class Flights:
                 start_s = time.perf_counter()
                 self._pager.run_now(copy)
                 if self._transfer.orders_take_long:
-                    self._counts.layers[layer].stall_s += time.perf_counter() - start_s
+                    self._count_stall(layer, start_s)
             else:
                 self._pager.order(copy)
         except Exception as error:
@@ -232,7 +232,8 @@ class Flights:
                 self._order_again(flight)
                 self._wait(layer, flight)
             self._land(flight)
-        self._transfer.wait_ready(self._cache.place_of(layer, slot), layer)
+        place = self._cache.place_of(layer, slot)
+        self._transfer.wait_ready(place, layer, is_stall=not self.is_filling)
         if verify:
             self._compare(layer, key, slot)
 
@@ -263,7 +264,7 @@ class Flights:
         except RuntimeError as error:
             raise self._failed(flight, error) from error
         finally:
-            self._counts.layers[layer].stall_s += time.perf_counter() - start_s
+            self._count_stall(layer, start_s)
 
     def _compare(self, layer: int, key: int, slot: int) -> None:
         expert = key - self._cache.key_of(layer, 0)
@@ -418,6 +419,10 @@ class Flights:
                 self._counts.prefetched.cancelled += 1
             else:
                 self._counts.prefetched.failed += 1
+
+    def _count_stall(self, layer: int, start_s: float) -> None:
+        if not self.is_filling:  # no compute waits for that
+            self._counts.layers[layer].stall_s += time.perf_counter() - start_s
 
     def _count_load(self, flight: Flight) -> None:
         if flight.is_counted:

@@ -136,8 +136,8 @@ class ExpertOffloader:
         check_timeout(timeout_s)
         self.eviction = eviction_policy(eviction)
         predictors = check_predictors(prefetch)
-        if top_k is not None and slots < top_k * layers_of_table:
-            warn_few_slots(slots / layers_of_table, top_k)
+        if top_k is not None:
+            warn_few_slots(slots, top_k, layers=L, pool=pool, staging_slots=staging_slots)
 
         self.state, self.store = state, store
         self.prefill, self.stream_prefill = prefill, stream_prefill
@@ -572,7 +572,8 @@ def _runs(running_L: list):
 def _shut_down(pager: Pager, transfer: Transfer, read_ahead: ReadAhead) -> None:
     read_ahead.close()
     pager.close()
-    transfer.synchronize()
+    if not torch.cuda._is_in_bad_fork():  # a child has nothing to wait for, and CUDA refuses it
+        transfer.synchronize()
 
 
 _offloaders: "weakref.WeakSet[ExpertOffloader]" = weakref.WeakSet()

@@ -35,4 +35,5 @@ def page_lock(memory: torch.Tensor, device: torch.device) -> str | None:
 
 def page_unlock(memory: torch.Tensor) -> None:
     """Undo :func:`page_lock`. The memory must still be alive, and no copy may read it."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    if not torch.cuda._is_in_bad_fork():  # a child's copy is ordinary memory, and CUDA refuses it
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -38,6 +38,11 @@ def check_predictors(prefetch: Iterable[str]) -> frozenset[str]:
         TypeError: Not names.
         ValueError: An unknown name.
     """
+    if not isinstance(prefetch, Iterable):
+        known = ", ".join(map(repr, PREDICTORS))
+        raise TypeError(
+            f"prefetch must hold names of predictors, any of {known} (none: ()), got {prefetch!r}"
+        )
     names = [prefetch] if isinstance(prefetch, str) else list(prefetch)
     for name in names:
         if not isinstance(name, str):

@@ -52,8 +52,16 @@ class Residency:
         return cls(affinity_LE.clone(), activations_LE.clone(), resident_LE, ages_LE, uses_LE)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file that appears whole or not at all."""
+        """Write a safetensors file that appears whole or not at all.
+
+        Raises:
+            FileNotFoundError: No folder to write it to.
+        """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(
+                f"path={str(path)!r} cannot be written: there is no folder {str(path.parent)!r}"
+            )
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         os.close(handle)
         try:
@@ -68,9 +76,12 @@ class Residency:
         """Read a file of :meth:`save`.
 
         Raises:
+            TypeError: Not a path.
             OSError: No such file, or one that cannot be read.
             ValueError: Not such a file, or a damaged one.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"residency must be a path, got {path!r}")
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("format") != FORMAT:

@@ -118,11 +118,31 @@ def check_slots(slots: int, num_experts: int, name: str = "slots") -> None:
         )
 
 
-def warn_few_slots(slots: float, top_k: int, stacklevel: int = 3) -> None:
-    """Warn the caller's caller that one token alone needs more experts than there are slots."""
-    warnings.warn(
-        f"{slots:g} slots per layer are fewer than the {top_k} experts of one token: every token "
-        "loads experts in every layer, in several waves",
-        RuntimeWarning,
-        stacklevel=stacklevel,
-    )
+def warn_few_slots(
+    slots: int, top_k: int, *, layers: int, pool: bool, staging_slots: int, stacklevel: int = 3
+) -> None:
+    """Warn the caller's caller if one token alone needs more experts than there are slots.
+
+    Args:
+        slots: Per layer, or of the pool in all.
+        top_k: Experts per token and layer.
+        layers: Layers of the model.
+        pool: Whether they share the slots.
+        staging_slots: Slots that experts pass through.
+        stacklevel: As of :func:`warnings.warn`.
+    """
+    needed = top_k * layers if pool else top_k
+    if slots >= needed:
+        return
+    if pool:
+        text = (
+            f"a pool of {slots} slot{'s' * (slots > 1)} is smaller than the {needed} experts of "
+            f"one token ({layers} layer{'s' * (layers > 1)} x top-{top_k}): every token loads some"
+        )
+    else:
+        text = (
+            f"slots={slots} per layer is fewer than the {needed} experts that one token needs "
+            "there: every token loads in every layer"
+        )
+    passes = ", in several passes" if slots + staging_slots < top_k else ""
+    warnings.warn(f"{text}{passes}, which is slow", RuntimeWarning, stacklevel=stacklevel)

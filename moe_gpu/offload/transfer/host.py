@@ -97,8 +97,14 @@ class Transfer:
         """Whether the place's last finished copy has arrived."""
         return True
 
-    def wait_ready(self, place: int, layer: int) -> None:
-        """Make compute queued from now on wait for the place's copy."""
+    def wait_ready(self, place: int, layer: int, is_stall: bool = True) -> None:
+        """Make compute queued from now on wait for the place's copy.
+
+        Args:
+            place: See above.
+            layer: Whose compute waits.
+            is_stall: Count the wait as one, where waits are timed.
+        """
 
     def release(self, layer: int) -> None:
         """Let copies into the layer's places begin once the compute queued so far is over."""

@@ -114,13 +114,13 @@ class StreamTransfer(Transfer):
         """Whether the place's event has passed."""
         return not self._copying_P[place] or self._ready_P[place].query()
 
-    def wait_ready(self, place: int, layer: int) -> None:
+    def wait_ready(self, place: int, layer: int, is_stall: bool = True) -> None:
         """Order compute after the copy; once per copy, so hits cost nothing."""
         if not self._copying_P[place]:
             return
         self._copying_P[place] = False
         compute, ready = cuda.current_stream(self.device), self._ready_P[place]
-        if not self._timers:
+        if not (self._timers and is_stall):
             compute.wait_event(ready)
             return
         before, after = (cuda.Event(enable_timing=True) for _ in range(2))
