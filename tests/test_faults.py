@@ -36,20 +36,20 @@ from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     without_interpreter,
 )
 from moe_gpu import Exact
-from moe_gpu.huggingface.attach import AttachedMoE  # noqa: F401 - the modules below exist
+from moe_gpu.huggingface.attached import AttachedMoE  # noqa: F401 - the modules below exist
 from moe_gpu.offload import pinning
 from moe_gpu.offload.shards import CheckpointError
 from moe_gpu.offload.tiers import Tier
 from offloading import assert_consistent, make_offloader, route
 
-LOAD, ATTACH = (inspect.getmodule(function) for function in (moe_gpu.load, moe_gpu.attach))
+LOAD, ATTACHED = (inspect.getmodule(function) for function in (moe_gpu.load, moe_gpu.AttachedMoE))
 FAILED = r"layer (\d): loading expert (\d) into slot \d of \d failed: "
 SLOW = EXPERT_BYTES * 1e-9 / 0.02  # gbps: 20 ms an expert
 
 
 @pytest.fixture(autouse=True)
 def no_long_wait_for_a_lock(monkeypatch):
-    monkeypatch.setattr(ATTACH, "FORWARD_S", 20.0)
+    monkeypatch.setattr(ATTACHED, "FORWARD_S", 20.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -621,7 +621,7 @@ def test_a_call_that_is_refused_does_not_free_another_threads_forward(loaded, re
 
 def test_a_forward_does_not_wait_for_ever_for_another_threads(loaded, reference, monkeypatch):
     model, moe = loaded
-    monkeypatch.setattr(ATTACH, "FORWARD_S", 0.2)
+    monkeypatch.setattr(ATTACHED, "FORWARD_S", 0.2)
     with moe.offloader.lock:
         refused = lambda: logits_of(model, prompt(0))  # noqa: E731
         with bounded(5):

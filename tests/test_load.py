@@ -33,7 +33,7 @@ from moe_gpu.offload.shards import CheckpointError, Shards
 from moe_gpu.offload.tiers import Tier
 from moe_gpu.offload.transfer import SimulatedLink, Transfer
 
-ATTACH, LOAD = (inspect.getmodule(function) for function in (moe_gpu.attach, moe_gpu.load))
+ATTACHED, LOAD = (inspect.getmodule(function) for function in (moe_gpu.AttachedMoE, moe_gpu.load))
 TOTAL = LAYERS * EXPERTS * EXPERT_BYTES  # of float32 experts
 W1 = "model.layers.{}.block_sparse_moe.experts.{}.w1.weight"
 
@@ -442,13 +442,13 @@ def test_detach_where_memory_is_short_changes_nothing(folder, monkeypatch):
     expected = logits_of(model, prompt())
     needed = (16 - 5 + 8) * EXPERT_BYTES  # what is on disk, and one layer twice
     with monkeypatch.context() as patch:
-        patch.setattr(ATTACH, "available_memory", lambda: needed - 1)
+        patch.setattr(ATTACHED, "available_memory", lambda: needed - 1)
         message = rf"takes {needed:,} bytes more, {needed - 1:,} are available; close\(\)"
         with pytest.raises(MemoryError, match=message):
             moe.detach()
         assert "attached" in repr(moe)
         assert torch.equal(logits_of(model, prompt()), expected)
-        patch.setattr(ATTACH, "available_memory", lambda: needed)
+        patch.setattr(ATTACHED, "available_memory", lambda: needed)
         moe.detach()
     torch.testing.assert_close(logits_of(model, prompt()), expected)
 
@@ -578,14 +578,14 @@ def test_a_failure_leaves_nothing_half(where, tmp_path, monkeypatch):
             patch.setattr(torch, "empty", counted)
         elif where == "attach":
             fails["error"] = RuntimeError, "alloc"
-            patch.setattr(ATTACH, "switch_on", no_room)
+            patch.setattr(ATTACHED, "switch_on", no_room)
         else:
             fails["error"] = KeyboardInterrupt, None
 
             def interrupted(*_, **__):
                 raise KeyboardInterrupt
 
-            patch.setattr(ATTACH, "RoutedForward", interrupted)
+            patch.setattr(ATTACHED, "RoutedForward", interrupted)
         error, message = fails["error"]
         give_backs = []
         patch.setattr(

@@ -1,6 +1,7 @@
 """Puts the gate and the offloader into Hugging Face models, and takes them out again."""
 
-from .attach import AttachedMoE, attach
+from .attach import attach
+from .attached import AttachedMoE
 from .load import load
 from .plan import MemoryPlan, plan_memory
 

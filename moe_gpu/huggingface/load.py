@@ -15,7 +15,8 @@ from ..offload.residency import Residency
 from ..offload.shards import Shards
 from ..offload.tiers import Tier, available_memory, host_budget, place
 from ..policies import MassBudget, Policy
-from .attach import AttachedMoE, make_gates, warn_of_few_slots
+from .attach import make_gates, warn_of_few_slots
+from .attached import AttachedMoE
 from .budget import parse_bytes
 from .checkpoint import (
     add_weights,

@@ -1,0 +1,345 @@
+"""The handle of an attached model: metrics, policy, and the way back."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..export import status_line
+from ..gate import MoEGate
+from ..latency import summarize_us
+from ..metrics import CounterMirror, Metrics, routing_counts
+from ..offload import ExpertOffloader
+from ..offload.residency import Residency
+from ..offload.tiers import Tier, available_memory
+from ..policies import Policy
+from ..waiting import wait_event
+from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
+from .families import MoEBlock
+from .options import Options, SlotChoice
+from .router import RoutedForward
+from .weights import ExpertWeights
+
+FORWARD_S = 600.0  # how long a forward waits for one on another thread
+
+
+class AttachedMoE(NotCopyable):
+    """A model whose routers are gates and whose experts live in slots; made by ``attach`` or ``load``.
+
+    As a context manager it detaches at the end; a loaded one closes.
+
+    Forwards of the model on several threads wait for each other.
+
+    Attributes:
+        model: The attached model.
+        state: Router state of all its MoE layers, on the device.
+        gates: One gate per MoE layer.
+        offloader: Moves the experts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[MoEBlock],
+        gates: list[MoEGate],
+        weights: ExpertWeights,
+        own_device: torch.device,
+    ):
+        self.model, self.gates, self.state = model, gates, gates[0].state
+        self.offloader: ExpertOffloader | None = None
+        self._blocks, self._own_device = blocks, own_device
+        self._weights = weights
+        self._layers: list[ExpertsLayer] = []
+        self._configs = []
+        self._own_forwards: list[tuple[nn.Module, object]] = []
+        self._hooks = []
+        self._held = threading.local()  # .locks: one per forward under way on the thread
+        self._counters = CounterMirror(self.state.counters_LC)
+        self._attached = self._closed = False
+
+    def _attach(self, choice: SlotChoice, options: Options, residency: Residency | None) -> None:
+        """Change the model. Undoes everything if any of it fails."""
+        try:
+            self._weights.take()
+            if self._own_device.type == "cuda":
+                torch.cuda.empty_cache()  # what was taken is of other sizes than the slots
+            self.offloader = ExpertOffloader(
+                self.state,
+                self._weights.store,
+                choice.slots,
+                pool=choice.pool,
+                staging_slots=choice.staging,
+                eviction=options.eviction,
+                bypass=options.bypass,
+                prefetch=options.prefetch,
+                prefill=options.prefill,
+                stream_prefill=options.stream_prefill,
+                verify=options.verify,
+                timers=options.timers,
+                timeout_s=options.timeout_s,
+                link_gbps=options.link_gbps,
+            )
+            if options.verify:
+                self._weights.store.remember_checksums()
+            if residency is None:
+                self.offloader.fill()
+            else:
+                residency.restore(self.offloader)
+            self._weights.show_slots(self.offloader.views_L)
+            self._move_to(self.state.slot_of_LE.device)
+            for layer, (block, gate) in enumerate(zip(self._blocks, self.gates, strict=True)):
+                router, experts = block.router, block.experts
+                following = self._blocks[layer + 1] if layer + 1 < len(self._blocks) else None
+                here = ExpertsLayer(self.offloader, layer, options.max_policy_tokens)
+                views = self.offloader.views_L[layer]
+                routed = RoutedForward(block, gate, here, views, following)
+                self._own_forwards.append((router, router.__dict__.get("forward")))
+                router.forward = routed
+                self._layers.append(here)
+                setattr(experts, ATTRIBUTE, here)
+            self._hooks = [
+                self.model.register_forward_pre_hook(self._enter, prepend=True),
+                self.model.register_forward_hook(self._leave, always_call=True),
+            ]
+            self._configs = switch_on(self.model)
+            if self.state.slot_of_LE.is_cuda:
+                # as after model.to(): compute may follow on any stream
+                filled = torch.cuda.Event()
+                filled.record(torch.cuda.current_stream(self.state.slot_of_LE.device))
+                wait_event(filled, FORWARD_S, "the filling of the slots")
+        except BaseException:
+            # giving back what was loaded would need the memory that it was kept out of
+            (self._abandon if self._weights.loaded else self._undo)()
+            raise
+        self._attached = True
+
+    def _lock(self) -> threading.RLock:
+        """Return the offloader's lock, held by this thread."""
+        lock = self.offloader.lock
+        if not lock.acquire(timeout=FORWARD_S):
+            raise RuntimeError(
+                f"another thread has been running this model for {FORWARD_S:g} s: its calls wait "
+                "for each other"
+            )
+        return lock
+
+    @torch.compiler.disable
+    def _enter(self, module, args) -> None:
+        lock = self._lock()
+        if not self._attached:  # ended while this thread waited: no hook will call _leave
+            lock.release()
+            return
+        self._held.__dict__.setdefault("locks", []).append(lock)
+
+    @torch.compiler.disable
+    def _leave(self, module, args, output) -> None:
+        # none where the hook before ours raised, or ours did, while another thread's forward ran
+        if locks := self._held.__dict__.get("locks"):
+            locks.pop().release()
+
+    def _undo(self) -> None:
+        """Take back what :meth:`_attach` did, as far as it got; can be called again.
+
+        What can fail comes first: while weights are missing, the routers refuse to compute.
+        """
+        self._free_slots()
+        self._weights.give_back()
+        self._move_to(self._own_device)
+        self._let_go()
+
+    def _abandon(self) -> None:
+        self._free_slots()
+        self._weights.give_up()
+        self._let_go()
+        for block in self._blocks:  # what runs first of an MoE layer, whichever module was called
+            block.router.forward = refuse_closed
+
+    def _free_slots(self) -> None:
+        if self.offloader is not None:
+            self.offloader.close()
+        for layer in self._layers:  # this handle may live on: it must not keep the memory
+            layer.weights_S = []
+
+    def _let_go(self) -> None:
+        for router, own in self._own_forwards:
+            if own is None:
+                router.__dict__.pop("forward", None)
+            else:
+                router.forward = own
+        for block in self._blocks:
+            block.experts.__dict__.pop(ATTRIBUTE, None)
+        for hook in self._hooks:
+            hook.remove()
+        switch_off(self._configs)
+        self._configs = []
+
+    def _move_to(self, device: torch.device) -> None:
+        if any(tensor.device != device for tensor in self.model.parameters()):
+            self.model.to(device)
+
+    def detach(self) -> None:
+        """Give the model back as it was: weights, devices, forwards, saving. Frees the slots.
+
+        A model that came from :func:`moe_gpu.load` ends up whole in host memory; where it does
+        not fit there, :meth:`close` is what you want. Waits for a forward on another thread.
+        Compute on streams other than the current one must have finished: see to that yourself.
+
+        Raises:
+            RuntimeError: Already detached, or called from inside an expert.
+            MemoryError: A loaded model that host memory has no room for; nothing has changed.
+        """
+        with self._alone("detach"):
+            if self._weights.loaded:
+                needed, free = self._host_memory_to_detach(), available_memory()
+                if free is not None and needed > free:
+                    raise MemoryError(
+                        f"detach() puts the whole model into host memory: that takes {needed:,} "
+                        f"bytes more, {free:,} are available; close() frees the model instead"
+                    )
+            self._undo()
+            self._attached = False
+
+    def _host_memory_to_detach(self) -> int:
+        """Return the bytes of host memory that a loaded model needs beyond what it has there."""
+        store = self._weights.store
+        # layer by layer: what a layer has there goes when the whole layer has been copied
+        needed = store.home_bytes()[Tier.DISK.value]
+        needed += store.num_experts * store.layout.expert_bytes
+        if self.state.slot_of_LE.device != self._own_device:
+            experts = {id(p) for block in self._blocks for p in block.experts.parameters()}
+            needed += sum(p.nbytes for p in self.model.parameters() if id(p) not in experts)
+        return needed
+
+    def close(self) -> None:
+        """Free a loaded model's experts for good: it cannot compute any more. Metrics stay readable.
+
+        Waits for a forward on another thread. Compute on streams other than the current one must
+        have finished: see to that yourself.
+
+        Raises:
+            RuntimeError: The model was attached, not loaded: :meth:`detach` gives it back. Or
+                already detached or closed, or called from inside an expert.
+        """
+        if self._attached and not self._weights.loaded:
+            raise RuntimeError(
+                "close() would destroy the weights of a model that was attached, not loaded: "
+                "detach() gives it back"
+            )
+        with self._alone("close"):
+            self._abandon()
+            self._attached, self._closed = False, True
+
+    @contextmanager
+    def _alone(self, verb: str) -> Iterator[None]:
+        """Hold the lock while the model ends."""
+        self._check_can_end(verb)
+        lock = self._lock()
+        try:
+            self._check_can_end(verb)  # again: another thread may have been first
+            yield
+            self._leave_all()
+        finally:
+            lock.release()
+
+    def _leave_all(self) -> None:
+        """Give up the locks of this thread's forwards: the hook that would is gone."""
+        while self._held.__dict__.get("locks"):
+            self._leave(self.model, None, None)
+
+    @property
+    def _status(self) -> str:
+        return "attached" if self._attached else "closed" if self._closed else "detached"
+
+    def _check_attached(self, verb: str) -> None:
+        if not self._attached:
+            raise RuntimeError(f"{verb}() needs an attached model: this one is {self._status}")
+
+    def _check_can_end(self, verb: str) -> None:
+        if not self._attached:
+            raise RuntimeError(f"this model is already {self._status}")
+        if any(layer.computing == threading.get_ident() for layer in self._layers):
+            raise RuntimeError(f"{verb}() was called from inside an expert: let it finish first")
+
+    def set_policy(self, policy: Policy) -> None:
+        """Route by another policy from now on; no weights move.
+
+        Raises:
+            TypeError: Not a policy.
+            RuntimeError: Detached or closed.
+        """
+        self._check_attached("set_policy")
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be Exact, CacheBonus or MassBudget, got {policy!r}")
+        for gate in self.gates:
+            gate.policy = policy
+
+    def metrics(self, wait: bool = True) -> Metrics:
+        """Return what routing and offloading have done so far.
+
+        Args:
+            wait: Synchronise with the device, so that routing counts are up to date. Without, they
+                are as of an earlier such call, and the device is not stopped; on the CPU both are
+                the same.
+        """
+        latencies_us = itertools.chain.from_iterable(gate.latencies_us() for gate in self.gates)
+        return Metrics(
+            **vars(self.offloader.metrics()),
+            **routing_counts(self._counters.read(wait)),
+            **summarize_us(list(latencies_us)),
+            route_path=self.gates[0].last_route_path,
+        )
+
+    def status(self) -> str:
+        """Return one line for a long run: hits, traffic, stalls. Does not stop the device."""
+        return status_line(self.metrics(wait=False))
+
+    def reset_metrics(self) -> None:
+        """Set all counts and timers to zero; residency, affinity and activations stay."""
+        for gate in self.gates:
+            gate.reset_metrics()
+        self.offloader.reset_metrics()
+        self._counters.reset()
+
+    def save_residency(self, path: str | Path) -> None:
+        """Write who is resident and how hot each expert is, for ``residency=`` of a later start.
+
+        The file appears whole or not at all (safetensors). Synchronises, and waits for a forward
+        on another thread.
+
+        Raises:
+            FileNotFoundError: No folder to write it to.
+            RuntimeError: Detached or closed.
+        """
+        with self.offloader.lock:
+            kept = Residency.of(self.offloader)
+        kept.save(path)
+
+    def __enter__(self) -> "AttachedMoE":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._attached:
+            (self.close if self._weights.loaded else self.detach)()
+
+    def __repr__(self) -> str:
+        layers, experts = self.state.num_layers, self.state.num_experts
+        sizes = f"{layers} layers of {experts} experts"
+        if self._attached and self.offloader.is_pool:
+            slots = f"a pool of {self.offloader.num_slots} for {layers * experts} experts"
+            sizes = f"{layers} layers, {slots}"
+        elif self._attached:
+            slots = f"{self.offloader.num_slots} of {experts} experts resident per layer"
+            sizes = f"{layers} layers, {slots}"
+        return (
+            f"AttachedMoE({type(self.model).__name__}, {self._status}, {sizes}, "
+            f"policy={self.gates[0].policy})"
+        )
+
+
+def refuse_closed(*_, **__):
+    """Stand in for what a closed model cannot do any more."""
+    raise RuntimeError("this model was closed and its expert weights freed: load it again")
