@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
+CLOSE_S = 2.0  # a disk that hangs is not waited for; the thread is a daemon
 AHEAD = 8  # announcements that may wait; more would push each other out of the page cache
 
 
@@ -45,13 +46,14 @@ class ReadAhead:
             pass  # it will be read without
 
     def close(self) -> None:
-        """Announce no more, and end the thread; does not wait."""
+        """Announce no more, and end the thread, which holds on to the files; bounded."""
         try:
             while True:
                 self._asked.get_nowait()
         except queue.Empty:
             if self._thread is not None:
                 self._asked.put_nowait(None)
+                self._thread.join(CLOSE_S)
 
 
 def _work(asked: queue.Queue, read_ahead: Callable[[int, int], None]) -> None:
