@@ -8,8 +8,20 @@ from .kernels import layout
 from .waiting import page_locked
 
 
+class HitRate:
+    """What follows from ``hits`` and ``pairs``."""
+
+    hits: int
+    pairs: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Return hits per pair, 0 before the first pair."""
+        return self.hits / self.pairs if self.pairs else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
-class LayerMetrics:
+class LayerMetrics(HitRate):
     """What one layer has done since the start or the last reset; fields as in :class:`Metrics`.
 
     Attributes:
@@ -27,11 +39,6 @@ class LayerMetrics:
     bytes_loaded: int = 0
     evictions: int = 0
     stall_ms: float | None = None
-
-    @property
-    def hit_rate(self) -> float:
-        """Return hits per pair, 0 before the first pair."""
-        return self.hits / self.pairs if self.pairs else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,7 @@ class OffloadMetrics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metrics(OffloadMetrics):
+class Metrics(OffloadMetrics, HitRate):
     """Totals of routing and offloading since the start or the last reset.
 
     Routing counts come from the device's counters, so reading them synchronises once.
@@ -141,11 +148,6 @@ class Metrics(OffloadMetrics):
     route_us_mean: float | None = None
     route_us_p50: float | None = None
     route_us_p99: float | None = None
-
-    @property
-    def hit_rate(self) -> float:
-        """Return hits per pair, 0 before the first pair."""
-        return self.hits / self.pairs if self.pairs else 0.0
 
     def as_dict(self) -> dict[str, object]:
         """Return every figure by name; see :meth:`OffloadMetrics.as_dict`."""

@@ -24,6 +24,15 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors, whose threads only wait for each other, and for a forked child, which has none."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned():
     """Fix the seed, and fill torch.empty with NaN / INT_MAX so that an unwritten output shows."""

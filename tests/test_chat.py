@@ -408,8 +408,8 @@ def test_a_cache_that_cannot_be_cut_is_made_anew(tokenizer, model):
 
 
 def test_the_terminal_does_not_obey_the_model(tokenizer):
-    from demo.screen import Writing
+    from demo.screen import Stream
 
-    writing = Writing(tokenizer)
+    writing = Stream(tokenizer, "title", "prompt", 1)
     writing.on_finalized_text("a\033[2J\tb\r\n")
-    assert writing.text().plain == "a␛[2J\tb␍\n"
+    assert writing.text().plain == "prompta␛[2J\tb␍\n"

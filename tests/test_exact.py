@@ -27,6 +27,7 @@ from moe_gpu.offload.eviction import POLICIES
 from moe_gpu.offload.prefetch import PREDICTORS
 from moe_gpu.offload.tiers import Tier
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = 3  # a first, a middle and a last one
 LOAD = inspect.getmodule(moe_gpu.load)
 PER_LAYER = ("pairs", "hits", "misses", "unique_misses", "loads", "bytes_loaded", "evictions")
@@ -84,15 +85,6 @@ def read_text(model, seed, tokens, batch, steps):
         out = model(ids[:, end : end + 1], past_key_values=out.past_key_values)
         logits.append(out.logits)
     return torch.cat(logits, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny: threads only wait for each other, and for the pager's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from moe_gpu.offload.shards import CheckpointError
 from moe_gpu.offload.tiers import Tier
 from offloading import assert_consistent, make_offloader, route
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LOAD, ATTACHED = (inspect.getmodule(function) for function in (moe_gpu.load, moe_gpu.AttachedMoE))
 FAILED = r"layer (\d): loading expert (\d) into slot \d of \d failed: "
 SLOW = EXPERT_BYTES * 1e-9 / 0.02  # gbps: 20 ms an expert
@@ -50,15 +51,6 @@ SLOW = EXPERT_BYTES * 1e-9 / 0.02  # gbps: 20 ms an expert
 @pytest.fixture(autouse=True)
 def no_long_wait_for_a_lock(monkeypatch):
     monkeypatch.setattr(ATTACHED, "FORWARD_S", 20.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny, and a forked child has no threads of OpenMP."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

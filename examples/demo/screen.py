@@ -1,5 +1,7 @@
 """What the user watches while it runs: bars, and text as it is written."""
 
+from abc import ABC, abstractmethod
+
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,7 +29,7 @@ def progress(unit: str = "tokens", console: Console = bars) -> Progress:
     )
 
 
-class Writing(TextStreamer):
+class Writing(TextStreamer, ABC):
     """Shows text while ``generate`` writes it, above something that says how it goes.
 
     Where the output is not a terminal the text is written as it comes, and nothing else.
@@ -42,9 +44,9 @@ class Writing(TextStreamer):
         self.written, self.tokens = "", 0
         self._live: Live | None = None
 
+    @abstractmethod
     def footer(self) -> RenderableType:
         """Return what stands below the text while it is written."""
-        raise NotImplementedError
 
     def text(self) -> Text:
         """Return the text as the terminal shows it."""
