@@ -1,7 +1,7 @@
 """Text from a Mixtral-style model with only part of its experts on the device.
 
     python examples/mixtral_inference.py                      # the tiny model that comes along
-    python examples/mixtral_inference.py --slots 2 --policy mass:0.02 --policy mass:0.1
+    python examples/mixtral_inference.py --slots 2 --policy quality:0.03 --policy quality:0.1
     python examples/mixtral_inference.py --model PATH --gpu-memory 20GiB
     python examples/mixtral_inference.py --chat               # talk to it
 

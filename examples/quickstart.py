@@ -11,7 +11,7 @@ class MoEBlock(nn.Module):
 
     def __init__(self, hidden_size: int = 64):
         super().__init__()
-        policy = moe_gpu.MassBudget(0.05)
+        policy = moe_gpu.QualityBudget(0.05)
         self.gate = moe_gpu.MoEGate(hidden_size=hidden_size, num_experts=8, top_k=2, policy=policy)
         self.experts = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(8))
 

@@ -3,8 +3,9 @@
     python examples/train_tiny.py               # trains, or resumes, into examples/tiny_mixtral
     python examples/train_tiny.py --fresh       # discards an earlier run first
     python examples/train_tiny.py --eval-only   # measures the weights already there
+    python examples/train_tiny.py --fine-grained    # 64 small experts, into examples/tiny_fine_grained
 
-Nothing is downloaded: the text comes from the Python installation (see ``corpus.py``). The
+Other seeds train on the same text. Nothing is downloaded: the text comes from the Python installation (see ``corpus.py``). The
 number of steps is fixed, so the machine decides how long training takes, not how far it
 gets. A run that is stopped, even by ``kill -9``, continues from its last checkpoint and
 ends with the same bits as an uninterrupted one (same machine, same versions, same threads).
@@ -48,9 +49,21 @@ MAX_POSITIONS = 1024
 MIX = ("code", "prose", "code", "structured") * 4
 
 
+FINE_GRAINED = {
+    "out": Path(__file__).parent / "tiny_fine_grained",
+    "experts": 64,
+    "top_k": 8,
+    "expert_width": 32,
+    "steps": 1800,
+}
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny_mixtral")
+    parser.add_argument(
+        "--fine-grained", action="store_true", help="other defaults: 64 experts, top-8, width 32"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue if possible (the default)")
     mode.add_argument("--fresh", action="store_true", help="discard an earlier run in --out")
@@ -60,7 +73,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
 
     recipe = parser.add_argument_group("recipe: a resumed run must repeat these")
-    recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
+    recipe.add_argument("--text-seed", type=int, default=0, help="of the generated text")
     recipe.add_argument("--steps", type=int, default=2500)
     recipe.add_argument("--batch", type=int, default=16, help=f"sequences of {SEQUENCE} a step")
     recipe.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -76,7 +90,11 @@ def parse_args() -> argparse.Namespace:
     recipe.add_argument("--heads", type=int, default=4)
     recipe.add_argument("--kv-heads", type=int, default=2)
     parser.set_defaults(recipe=[action.dest for action in recipe._group_actions])
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.fine_grained:
+        parser.set_defaults(**FINE_GRAINED)
+        args = parser.parse_args()
+    return args
 
 
 # --- data
@@ -326,7 +344,7 @@ def save_model(model: MixtralForCausalLM, out: Path) -> None:
 
 def prepare(args: argparse.Namespace, is_resumed: bool) -> tuple[Batches, dict, dict]:
     """Build the text; return training batches, held-out rows and what identifies the run."""
-    corpus = build_corpus(args.seed)
+    corpus = build_corpus(args.text_seed)
     if is_resumed:
         tokenizer = AutoTokenizer.from_pretrained(args.out)
     else:

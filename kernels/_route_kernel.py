@@ -20,6 +20,7 @@ from ._select import (
     FLOAT32_MAX,
     MASS,
     NONFINITE,
+    OUTPUT,
     RANGE_BONUS,
     TAKEN,
     by_score,
@@ -36,6 +37,9 @@ from ._select import (
 )
 
 CHUNK = tl.constexpr(layout.CHUNK)
+# AffinityFrom of route_ref.py; constexpr here because a kernel cannot read an enum
+DEMAND = tl.constexpr(1)
+SERVED = tl.constexpr(2)
 SCRATCH_HEADER = tl.constexpr(layout.SCRATCH_HEADER)
 _NUM_COUNTERS = tl.constexpr(layout.NUM_COUNTERS)
 _MOVED_MASS = tl.constexpr(layout.MOVED_MASS)
@@ -74,7 +78,7 @@ def _route_tile(
         strength_t = tl.zeros([BLOCK_T], tl.float32) + tl.minimum(strength, FLOAT32_MAX)
         may_t = valid_t & (strength_t > 0.0)  # a NaN, zero or negative strength never swaps
         top_t = finite_or_zero(key_score(demand_keys[0]))
-        if RULE == MASS:
+        if RULE == MASS or RULE == OUTPUT:
             some_t = demand_codes[J] & 1
             for k in tl.static_range(J + 1, K):
                 some_t = some_t | (demand_codes[k] & 1)
@@ -92,11 +96,11 @@ def _route_tile(
         if tl.max(may_t.to(tl.int32), axis=0) == 1:
             masses = masses_of(demand_keys, top_t, K)
             total_t = sum_of(masses, K)
-            if RULE == MASS:
+            if RULE == MASS or RULE == OUTPUT:
                 missing_te = (code_te & 1) == 1
                 keys, codes = swap_within_budget(
                     left_te, code_te, missing_te, demand_keys, demand_codes,
-                    top_t, total_t, strength_t, may_t, K, J,
+                    top_t, total_t, strength_t, may_t, K, J, RULE,
                 )  # fmt: skip
             else:
                 keys, codes = take_biased_best(
@@ -122,6 +126,16 @@ def _route_tile(
     return demand_te & live_te, executed_te & live_te, moved_t
 
 
+@triton.jit
+def _aging_choice(demand_te, executed_te, AFFINITY_FROM: tl.constexpr):
+    chosen_te = executed_te
+    if AFFINITY_FROM == DEMAND:
+        chosen_te = demand_te
+    if AFFINITY_FROM == SERVED:
+        chosen_te = demand_te & executed_te
+    return chosen_te
+
+
 @triton.jit(do_not_specialize=["T", "layer", "window"])
 def route_kernel(
     logits_ptr, stride_lt, stride_le,  # (T, E) in, any float dtype
@@ -139,7 +153,7 @@ def route_kernel(
     J: tl.constexpr,             # protected ranks, <= K
     RULE: tl.constexpr,
     RENORMALIZE: tl.constexpr,   # softmax over the executed, else over all experts
-    FROM_DEMAND: tl.constexpr,   # affinity follows the demand, else the executed experts
+    AFFINITY_FROM: tl.constexpr, # AffinityFrom
     BLOCK_T: tl.constexpr,       # rows per tile, divides CHUNK
     BLOCK_E: tl.constexpr,       # next power of two >= E
     ONE_TILE: tl.constexpr,      # T <= BLOCK_T and one program: no ticket, no scratch
@@ -171,9 +185,7 @@ def route_kernel(
             pid, T, num_valid, strength, missing_e, offs_e,
             E, K, J, RULE, RENORMALIZE, BLOCK_T,
         )  # fmt: skip
-        chosen_te = executed_te
-        if FROM_DEMAND:
-            chosen_te = demand_te
+        chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
         bit_t = 1 << tl.arange(0, BLOCK_T)
         word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
         affinity_e = age(affinity_e, word_e, num_valid, decay, boost, max_score)
@@ -201,9 +213,7 @@ def route_kernel(
             if RULE != EXACT:
                 swapped_e += tl.sum((demand_te & (executed_te == 0)).to(tl.int32), axis=0)
                 moved_units += moved_units_of(moved_t)
-            chosen_te = executed_te
-            if FROM_DEMAND:
-                chosen_te = demand_te
+            chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
             chunk = block * BLOCK_T // CHUNK
             if chunk >= first_chunk:
                 bit_t = 1 << ((block * BLOCK_T + tl.arange(0, BLOCK_T)) % CHUNK)

@@ -17,6 +17,8 @@ Two encodings carry the whole selection:
 import triton
 import triton.language as tl
 
+from .route_ref import SIMILARITY
+
 TAKEN = tl.constexpr(-(2**31))
 NONFINITE = tl.constexpr(-2139095041)  # the key of -inf: 0xff800000 ^ 0x7fffffff
 NO_CODE = tl.constexpr(2**31 - 1)
@@ -27,6 +29,8 @@ EXACT = tl.constexpr(0)
 BONUS = tl.constexpr(1)
 RANGE_BONUS = tl.constexpr(2)
 MASS = tl.constexpr(3)
+OUTPUT = tl.constexpr(4)
+TWICE_SIMILARITY = tl.constexpr(2 * SIMILARITY)
 
 
 @triton.jit
@@ -94,16 +98,14 @@ def finite_or_zero(score):
 @triton.jit
 def swap_within_budget(
     left_te, code_te, missing_te, keys, codes, top_t, total_t, strength_t, may_t,
-    K: tl.constexpr, J: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Rule.MASS: from rank K-1 up, missing experts give way while the moved mass allows it.
-
-    A refusal ends the prefix by itself: the next rank up has at least as much mass to move (up to
-    the rounding of exp, which the hardware does not promise to be monotone in the last bit).
-    """
+    """Rule.MASS and Rule.OUTPUT: from rank K-1 up, missing experts give way until one may not."""
     # residents outside the demand
     free_te = tl.where(missing_te, TAKEN, left_te)
     budget_t = strength_t * total_t
+    if RULE == OUTPUT:
+        budget_t = budget_t * budget_t
     may_t = may_t & (total_t > 0.0)
     moved_t = tl.zeros_like(total_t)
     out_keys = ()
@@ -111,10 +113,15 @@ def swap_within_budget(
     for k in tl.static_range(K - 1, J - 1, -1):
         wants_t = may_t & ((codes[k] & 1) == 1)
         key_t, code_t = best_of(free_te, code_te)
-        cost_t = mass_of(key_score(keys[k]), top_t) - mass_of(key_score(key_t), top_t)
-        after_t = moved_t + tl.maximum(cost_t, 0.0)
-        takes_t = wants_t & (key_t != TAKEN) & (after_t <= budget_t)
-        moved_t = tl.where(takes_t, after_t, moved_t)
+        gone_t = mass_of(key_score(keys[k]), top_t)
+        come_t = mass_of(key_score(key_t), top_t)
+        if RULE == MASS:
+            price_t = moved_t + tl.maximum(gone_t - come_t, 0.0)
+        else:
+            price_t = gone_t * gone_t + come_t * (come_t - TWICE_SIMILARITY * gone_t)
+        takes_t = wants_t & (key_t != TAKEN) & (price_t <= budget_t)
+        may_t = may_t & (takes_t | (wants_t == 0))
+        moved_t = tl.where(takes_t, price_t, moved_t)
         free_te = tl.where(takes_t[:, None] & (code_te == code_t[:, None]), TAKEN, free_te)
         out_keys = (tl.where(takes_t, key_t, keys[k]),) + out_keys
         out_codes = (tl.where(takes_t, code_t, codes[k]),) + out_codes

@@ -1,7 +1,8 @@
 """Layout of the device tensors that the route kernel shares with the host.
 
 Both sides import these constants, so a column cannot mean two things. Shape letters: L layers,
-E experts, C counters, R int32 words of one layer's step record.
+E experts, C counters, R int32 words of one layer's step record, P parameters and S state of the
+controller, M meters.
 
 Step record, one row of int32 words per layer, rewritten whole by every route call::
 
@@ -29,12 +30,15 @@ class RouteState(Protocol):
     """The tensors that a route call reads and advances, one row per layer."""
 
     slot_of_LE: torch.Tensor  # int32, device slot of each expert, -1 absent; read only
-    strength_L: torch.Tensor  # float32, bonus or budget in force; read only
+    strength_L: torch.Tensor  # float32, bonus or budget in force; a controller writes it
     affinity_LE: torch.Tensor  # float32
     activations_LE: torch.Tensor  # int64
     counters_LC: torch.Tensor  # int64, columns below
     record_LR: torch.Tensor  # int32, step records, see above
     scratch: torch.Tensor  # int32, all zero between calls, at least scratch_words(...) long
+    control_LP: torch.Tensor  # float32, the controller's parameters, columns below; read only
+    control_state_LS: torch.Tensor  # float32, its state, columns below
+    meters_LM: torch.Tensor  # int64, columns below
 
 
 # columns of RouterState.counters_LC, int64
@@ -50,6 +54,66 @@ NUM_COUNTERS = 8
 
 MOVED_MASS_ONE = 1 << 24
 
+# columns of RouterState.control_LP, float32; what they do is in control_ref.py
+MODE = 0  # one of the modes below
+TARGET = 1  # share of pairs (hit rate), or of a token's demand (moved mass)
+LARGEST = 2  # bound on the strength
+SMALLEST = 3  # the least strength that is not 0
+START = 4  # strength after the warm-up
+GAIN = 5  # octaves per token and unit of error; with MODE_BONUS strength per token
+CALL_GAIN = 6  # bound on the gain of a call of many tokens
+LEAD = 7  # octaves per unit of the recent error
+RECENT_RATE = 8  # weight of one token in the recent error
+DEAD_BAND = 9  # distance of the average from the target within which the strength rests
+AVERAGE_RATE = 10  # weight of one token in the averages
+WARM_TOKENS = 11  # tokens that are routed exactly after a reset
+NUM_CONTROLS = 12
+
+MODE_OFF = 0
+MODE_QUALITY = 1  # hold the moved mass per token
+MODE_HIT_RATE = 2  # hold the hit rate
+MODE_BONUS = 3  # step up below the target, down above it
+
+# columns of RouterState.control_state_LS, float32, all zero after a reset
+SEEN = 0  # tokens routed since then; stands still at 2 ** 24
+LEVEL = 1  # octaves above SMALLEST; with MODE_BONUS the strength itself
+RECENT_ERROR = 2
+MEAN_HITS = 3  # averages: hits per pair
+MEAN_MOVED = 4  # moved mass per token
+MEAN_UNAVOIDABLE = 5  # misses per pair that no strength avoids
+FLAGS = 6  # sum of the flags below
+NUM_CONTROL_STATE = 8
+
+FLAG_COLD = 1  # routed exactly: still warming up, or fewer experts resident than a token needs
+FLAG_CLAMPED = 2  # at the largest strength
+FLAG_INFEASIBLE = 4  # the target is above what the residents allow
+
+# columns of RouterState.meters_LM, int64: calls that might have swapped
+METERED = 0  # valid tokens
+L1_CHANGE = 1  # sum of |weight executed - weight of the demand|, units of 1 / METER_ONE
+ROUTING_KL = 2  # KL divergence, nats, the same units
+HISTOGRAM = 3  # tokens by moved mass, see moved_mass_edges()
+HISTOGRAM_BINS = 30
+SWAPS_BY_RANK = HISTOGRAM + HISTOGRAM_BINS  # demanded experts of rank 0, 1, ... swapped away
+RANKS = 16
+NUM_METERS = SWAPS_BY_RANK + RANKS
+
+METER_ONE = 1 << 24
+MAX_KL = 16.0  # nats; a token whose executed experts have no mass at all counts as this
+# bin 1 ends at 1.5 * 2 ** -14, the last begins at 1
+HISTOGRAM_OCTAVES = 14
+
+
+def moved_mass_edges() -> list[float]:
+    """Return the upper edge of each bin: 0, then 1 and 1.5 in every octave, at last 1.
+
+    Bin 0 holds exactly 0; another holds what is at least the edge before it and below its own.
+    """
+    steps = range(1 - 2 * HISTOGRAM_OCTAVES, 1)
+    edges = [(1.5 if step % 2 else 1.0) * 2.0 ** (step // 2) for step in steps]
+    return [0.0, *edges, 1.0]
+
+
 PRIORITY_NONE = 0
 PRIORITY_URGENT = 1  # executed in this call and not resident
 PRIORITY_BACKGROUND = 2  # demanded, not resident, and swapped away by every token that wanted it
@@ -64,7 +128,7 @@ def record_width(num_experts: int) -> int:
 
 
 CHUNK = 32  # tokens whose choices of one expert share an int32 word of the scratch
-SCRATCH_HEADER = 4  # the ticket, padded to 16 bytes
+SCRATCH_HEADER = 4  # the ticket, unavoidable misses, moved mass (two words: an int64)
 
 
 def scratch_words(num_experts: int, tokens: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from . import layout
 from .checks import check_call, check_out
-from .route_ref import Rule, affinity_window, route_ref
+from .route_ref import AffinityFrom, Rule, affinity_window, route_ref
 
 try:
     import triton
@@ -67,7 +67,7 @@ def route(
     rule: Rule = Rule.EXACT,
     protect: int = 0,
     renormalize: bool = True,
-    affinity_from_demand: bool = True,
+    affinity_from: AffinityFrom = AffinityFrom.DEMAND,
     decay: float = 0.99,
     boost: float = 1.0,
     max_score: float = 1.0,
@@ -89,7 +89,7 @@ def route(
         rule: Which swaps are allowed; its strength is ``state.strength_L[layer]``.
         protect: Leading ranks that are never swapped away.
         renormalize: Softmax over the executed experts, else over all E.
-        affinity_from_demand: Age the affinity by the demand, else by the executed experts.
+        affinity_from: Which choices age the affinity.
         decay: Affinity factor per token, in [0, 1].
         boost: Affinity added per choice, ``>= 0``.
         max_score: Affinity clamp, ``> 0``.
@@ -121,7 +121,7 @@ def route(
         logits_TE.detach(), *out, num_valid,
         state.slot_of_LE, state.strength_L, state.affinity_LE, state.activations_LE,
         state.counters_LC, state.record_LR, state.scratch,
-        layer, top_k, int(rule), min(protect, top_k), renormalize, affinity_from_demand,
+        layer, top_k, int(rule), min(protect, top_k), renormalize, int(affinity_from),
         decay, boost, max_score,
     )  # fmt: skip
     # the dispatcher costs more than the launch it leads to; only a traced graph needs it
@@ -135,7 +135,7 @@ def route(
 def _route(
     logits_TE, weights_TK, ids_TK, num_valid, slot_of_LE, strength_L, affinity_LE,
     activations_LE, counters_LC, record_LR, scratch,
-    layer, top_k, rule, protect, renormalize, affinity_from_demand, decay, boost, max_score,
+    layer, top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
 ):  # fmt: skip
     if logits_TE.is_cuda and route_kernel is None:
         raise RuntimeError("routing on CUDA needs triton, which is not installed")
@@ -146,7 +146,7 @@ def _route(
         route_ref(
             logits_TE, weights_TK, ids_TK, num_valid, state, layer,
             top_k=top_k, rule=Rule(rule), protect=protect, renormalize=renormalize,
-            affinity_from_demand=affinity_from_demand,
+            affinity_from=AffinityFrom(affinity_from),
             decay=decay, boost=boost, max_score=max_score,
         )  # fmt: skip
         return
@@ -161,7 +161,7 @@ def _route(
             affinity_LE, activations_LE, counters_LC, record_LR, scratch,
             T, layer, affinity_window(decay), decay, boost, max_score,
             E=E, K=top_k, J=protect, RULE=rule, RENORMALIZE=renormalize,
-            FROM_DEMAND=affinity_from_demand, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
+            AFFINITY_FROM=affinity_from, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
             ONE_TILE=T <= BLOCK_T, **launch_options(num_warps),
         )  # fmt: skip
 
@@ -183,7 +183,7 @@ _library.define(
     "route_(Tensor logits, Tensor(a!) weights, Tensor(b!) ids, Tensor? num_valid, "
     "Tensor slot_of, Tensor strength, Tensor(c!) affinity, Tensor(d!) activations, "
     "Tensor(e!) counters, Tensor(f!) record, Tensor(g!) scratch, SymInt layer, SymInt top_k, "
-    "SymInt rule, SymInt protect, bool renormalize, bool affinity_from_demand, float decay, "
+    "SymInt rule, SymInt protect, bool renormalize, SymInt affinity_from, float decay, "
     "float boost, float max_score) -> ()"
 )
 _library.impl("route_", _route, "CPU")

@@ -42,6 +42,24 @@ class Rule(enum.IntEnum):
     # the longest prefix whose sum of max(0, p(m) - p(r)) is at most strength * sum(p(demand)),
     # p the softmax over the row's finite scores
     MASS = 3
+    # the longest prefix each of whose swaps changes the layer's output by an estimated share of at
+    # most strength: w(m)^2 + w(r)^2 - 2 SIMILARITY w(m) w(r) <= strength^2, w = p / sum(p(demand)).
+    # That is the expected square of |w(m) f(m) - w(r) f(r)| for outputs f of equal norm whose
+    # directions have cosine SIMILARITY
+    OUTPUT = 4
+
+
+# measured: profiling/results/quality.md. Fitted, so it also stands for what else a small score
+# gap says about the stand-in
+SIMILARITY = 0.75
+
+
+class AffinityFrom(enum.IntEnum):
+    """Which choices of a token age the affinity."""
+
+    EXECUTED = 0
+    DEMAND = 1
+    SERVED = 2  # demanded and executed: what was not cheap enough to swap away
 
 
 class Selection(NamedTuple):
@@ -73,7 +91,8 @@ def select_ref(
         resident_TE: Who is on the device, bool, ``(E,)`` or ``(T, E)``.
         k: Experts per token, ``1 <= k <= E``.
         rule: See :class:`Rule`.
-        strength: Bonus or budget, a float or a 0-d tensor. NaN, zero or less never swaps.
+        strength: Bonus or budget, a float, a 0-d tensor, or ``(T, 1)``. NaN, zero or less never
+            swaps.
         protect: J; more than ``k`` means ``k``.
 
     Returns:
@@ -90,7 +109,8 @@ def select_ref(
     # NaN compares false
     strength = torch.where(strength > 0, strength.clamp(max=FLOAT32_MAX), 0.0)
     resident_TE = resident_TE.expand_as(scores_TE)
-    choose = _swap_within_budget if rule == Rule.MASS else _take_biased_best
+    within_budget = rule in (Rule.MASS, Rule.OUTPUT)
+    choose = _swap_within_budget if within_budget else _take_biased_best
     ids_TK = choose(scores_TE, resident_TE, order_TE, k, J, rule, strength)
 
     rank_TE = _inverse(order_TE)
@@ -121,7 +141,7 @@ def _take_biased_best(scores_TE, resident_TE, order_TE, k, J, rule, strength):
 
 
 def _swap_within_budget(scores_TE, resident_TE, order_TE, k, J, rule, strength):
-    """The longest prefix of swaps whose moved mass stays within the budget."""
+    """The longest prefix of swaps that the budget allows."""
     T, E = scores_TE.shape
     swaps = min(k - J, E - k)
     mass_TE = _mass(scores_TE)
@@ -140,10 +160,15 @@ def _swap_within_budget(scores_TE, resident_TE, order_TE, k, J, rule, strength):
     m_TS, r_TS = m_TS.clamp(min=0), r_TS.clamp(max=E - 1)
 
     ranked_mass_TE = mass_TE.gather(1, order_TE)
-    cost_TS = (ranked_mass_TE.gather(1, m_TS) - ranked_mass_TE.gather(1, r_TS)).clamp(min=0)
+    out_TS, in_TS = ranked_mass_TE.gather(1, m_TS), ranked_mass_TE.gather(1, r_TS)
     wanted_T1 = ranked_mass_TE[:, :k].sum(1, keepdim=True)
-    allowed_TS = possible_TS & (cost_TS.cumsum(1) <= strength * wanted_T1)
-    allowed_TS &= (strength > 0) & (wanted_T1 > 0)
+    budget_T1 = strength * wanted_T1
+    if rule == Rule.MASS:
+        within_TS = (out_TS - in_TS).clamp(min=0).cumsum(1) <= budget_T1
+    else:
+        squared_TS = out_TS * out_TS + in_TS * (in_TS - 2 * SIMILARITY * out_TS)
+        within_TS = squared_TS <= budget_T1 * budget_T1
+    allowed_TS = possible_TS & within_TS & (strength > 0) & (wanted_T1 > 0)
     allowed_TS = allowed_TS.cumprod(1).bool()  # a prefix: the first refusal ends it
 
     stand_in_TS = order_TE.gather(1, r_TS)
@@ -222,7 +247,7 @@ def age_affinity_ref(
 
 def route_ref(
     logits_TE, weights_TK, ids_TK, num_valid, state, layer, *,
-    top_k, rule, protect, renormalize, affinity_from_demand, decay, boost, max_score,
+    top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
 ):  # fmt: skip
     """Route T tokens and advance the state of ``layer``: the meaning of one kernel launch.
 
@@ -248,7 +273,11 @@ def route_ref(
     missing_E = ~resident_E
 
     start = first_aged_token(valid, affinity_window(decay))
-    chosen_TE = demand_TE if affinity_from_demand else executed_TE
+    chosen_TE = {
+        AffinityFrom.EXECUTED: executed_TE,
+        AffinityFrom.DEMAND: demand_TE,
+        AffinityFrom.SERVED: demand_TE & executed_TE,
+    }[affinity_from]
     affinity_E = age_affinity_ref(
         state.affinity_LE[layer], chosen_TE[start:], decay, boost, max_score
     )

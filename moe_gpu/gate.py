@@ -20,13 +20,15 @@ from torch.nn import functional as F
 
 from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
 from .kernels.route import route, route_path
-from .kernels.route_ref import FLOAT32_MAX, mixing_weights
+from .kernels.route_ref import FLOAT32_MAX, AffinityFrom, mixing_weights
 from .latency import RouteTimer, summarize_us
 from .metrics import Metrics, routing_counts
-from .policies import Exact, Policy
+from .policies import Exact, Policy, layer_strengths
 from .record import RecordReader
 from .requests import PagingRequest
 from .state import RouterState
+
+AFFINITY_FROM = {source.name.lower(): source for source in AffinityFrom}
 
 
 class Routing(NamedTuple):
@@ -53,8 +55,9 @@ class MoEGate(nn.Module):
         decay: Affinity factor per token, in [0, 1].
         boost: Affinity added to a chosen expert, finite, ``>= 0``.
         max_score: Affinity clamp, finite, ``> 0``.
-        affinity_from: ``"demand"`` ages the affinity by what the router wanted, ``"executed"`` by
-            what ran (the original behaviour; it locks in whatever is resident).
+        affinity_from: ``"demand"`` ages the affinity by what the router wanted, ``"served"`` by
+            what of it was not swapped away, ``"executed"`` by what ran (the original behaviour;
+            it locks in whatever is resident).
         max_policy_tokens: Calls with more tokens route exactly: their union of experts covers
             nearly the layer, so a swap buys nothing.
         state: Shared state of a model; None makes one with a single layer.
@@ -68,7 +71,7 @@ class MoEGate(nn.Module):
         ValueError: An argument outside the bounds above.
 
     Example:
-        >>> gate = MoEGate(hidden_size=16, num_experts=8, policy=moe_gpu.MassBudget(0.05))
+        >>> gate = MoEGate(hidden_size=16, num_experts=8, policy=moe_gpu.QualityBudget(0.05))
         >>> gate.set_resident([0, 3])
         >>> logits, weights, ids = gate(torch.randn(5, 16))
         >>> ids.shape
@@ -86,7 +89,7 @@ class MoEGate(nn.Module):
         decay: float = 0.99,
         boost: float = 1.0,
         max_score: float = 1.0,
-        affinity_from: Literal["demand", "executed"] = "demand",
+        affinity_from: Literal["demand", "served", "executed"] = "demand",
         max_policy_tokens: int = 64,
         state: RouterState | None = None,
         layer: int = 0,
@@ -106,8 +109,9 @@ class MoEGate(nn.Module):
         _check_real("max_score", max_score, 0.0)
         if max_score == 0:
             raise ValueError(f"max_score must be > 0, got {max_score}")
-        if affinity_from not in ("demand", "executed"):
-            raise ValueError(f"affinity_from must be 'demand' or 'executed', got {affinity_from!r}")
+        if affinity_from not in AFFINITY_FROM:
+            known = ", ".join(map(repr, AFFINITY_FROM))
+            raise ValueError(f"affinity_from must be one of {known}, got {affinity_from!r}")
         if state is None:
             state = RouterState(layer + 1, num_experts, device=device)
         elif state.num_experts != num_experts:
@@ -144,8 +148,9 @@ class MoEGate(nn.Module):
     @policy.setter
     def policy(self, policy: Policy) -> None:
         if not isinstance(policy, Policy):
-            raise TypeError(f"policy must be Exact, CacheBonus or MassBudget, got {policy!r}")
-        self.state.strength_L[self.layer] = policy.strength
+            raise TypeError(f"policy must be one of moe_gpu.policies, got {policy!r}")
+        strengths_L = layer_strengths(policy, self.state.num_layers)
+        self.state.strength_L[self.layer] = strengths_L[self.layer]
         self._policy = policy
 
     def forward(
@@ -214,7 +219,7 @@ class MoEGate(nn.Module):
             "rule": policy.rule,
             "protect": policy.protect,
             "renormalize": self.renormalize,
-            "affinity_from_demand": self.affinity_from == "demand",
+            "affinity_from": AFFINITY_FROM[self.affinity_from],
             "decay": self.decay,
             "boost": self.boost,
             "max_score": self.max_score,

@@ -105,12 +105,60 @@ class MassBudget:
         return float(self.budget)
 
 
-def QualityBudget(budget: float) -> MassBudget:  # noqa: N802 - reads as a policy at the call site
-    """Build the best rule the project has measured under one quality knob.
+@dataclass(frozen=True)
+class QualityBudget:
+    """Swap while each swap changes the layer's output by little: the best rule measured so far.
 
-    At present :class:`MassBudget` with the first expert protected.
+    A swap of expert m for its stand-in r is priced at
+    ``sqrt(w(m)^2 + w(r)^2 - 1.5 w(m) w(r))``, w the router's mass as a share of the demand's: the
+    weight that leaves and the weight that comes in, not only their difference. A stand-in as good
+    as the router's own choice is therefore not free, and the tail of the demand is cheap. Each
+    swap is priced by itself, so that the last one of every token costs the same: many small
+    changes harm less than one large one.
+
+    Attributes:
+        budget: Largest price of one swap. 0 allows none; 1 or more never binds. Finite, ``>= 0``.
+        layer_scale: Factor on the budget by layer, for layers that are more or less sensitive than
+            the rest (:func:`moe_gpu.tune` measures it). Empty: 1 everywhere. Finite, ``>= 0``.
+        protect: The first ``protect`` experts of the demand are never swapped away.
+
+    Source:
+        ``docs/quality.md``; the constant is ``SIMILARITY`` of :mod:`moe_gpu.kernels.route_ref`.
     """
-    return MassBudget(budget)
+
+    budget: float
+    layer_scale: tuple[float, ...] = ()
+    protect: int = 1
+
+    rule = Rule.OUTPUT
+
+    def __post_init__(self) -> None:
+        _check_strength("budget", self.budget)
+        if not isinstance(self.layer_scale, (tuple, list)):
+            raise TypeError(f"layer_scale must be a tuple of numbers, got {self.layer_scale!r}")
+        for factor in self.layer_scale:
+            _check_strength("layer_scale", factor)
+        object.__setattr__(self, "layer_scale", tuple(map(float, self.layer_scale)))
+        _check_protect(self.protect)
+
+    @property
+    def strength(self) -> float:
+        """The budget, which ``layer_scale`` multiplies."""
+        return float(self.budget)
 
 
-Policy = Exact | CacheBonus | MassBudget
+def layer_strengths(policy: "Policy", num_layers: int) -> list[float]:
+    """Return what ``RouterState.strength_L`` starts as under a policy.
+
+    Raises:
+        ValueError: A ``layer_scale`` of another number of layers.
+    """
+    scale_L = getattr(policy, "layer_scale", ()) or (1.0,) * num_layers
+    if len(scale_L) != num_layers:
+        raise ValueError(
+            f"layer_scale must have {num_layers} factors, one per MoE layer, got {len(scale_L)}"
+        )
+    return [min(policy.strength * factor, FLOAT32_MAX) for factor in scale_L]
+
+
+Policy = Exact | CacheBonus | MassBudget | QualityBudget

@@ -32,10 +32,10 @@ import torch
 
 import _bench as bench
 import moe_gpu
-from moe_gpu import Exact, MassBudget
+from moe_gpu import Exact, QualityBudget
 from moe_gpu.kernels import route as route_module
 
-POLICIES = {"Exact()": Exact(), "default": MassBudget(0.05)}
+POLICIES = {"Exact()": Exact(), "default": QualityBudget(0.05)}
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of transformers
 MIXTRAL = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,

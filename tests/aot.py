@@ -23,7 +23,8 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 
-EXACT, BONUS, RANGE_BONUS, MASS = range(4)
+EXACT, BONUS, RANGE_BONUS, MASS, OUTPUT = range(5)
+EXECUTED, DEMAND, SERVED = range(3)
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class Variant:
     E: int
     K: int
     T: int  # call size: decides tile, warps and whether the call is one tile
-    rule: int = MASS
+    rule: int = OUTPUT
     protect: int = 1
     dtype: str = "bf16"
     renormalize: bool = True
-    from_demand: bool = True
+    affinity_from: int = SERVED
     num_valid: bool = False
     ids: str = "i64"
     weights: str = "fp32"
@@ -48,13 +49,13 @@ SIZES = [1, 4, 64, 4096]  # decode, small batch, the largest policy call, prefil
 
 VARIANTS = [
     # every router at every size, as a bf16 model with the default policy meets them
-    *[Variant(E, K, T, rule=MASS if T <= 64 else EXACT) for E, K in ROUTERS for T in SIZES],
+    *[Variant(E, K, T, rule=OUTPUT if T <= 64 else EXACT) for E, K in ROUTERS for T in SIZES],
     # every rule on the two ends of the router table
     *[
         Variant(E, K, T, rule=rule, protect=protect)
         for E, K in [(8, 2), (128, 8)]
         for T in [1, 64]
-        for rule, protect in [(EXACT, 0), (BONUS, 0), (RANGE_BONUS, 1), (MASS, 0)]
+        for rule, protect in [(EXACT, 0), (BONUS, 0), (RANGE_BONUS, 1), (MASS, 1), (OUTPUT, 0)]
     ],
     # logits of the other dtypes
     *[
@@ -80,8 +81,8 @@ VARIANTS = [
     Variant(64, 6, 1, renormalize=False),
     Variant(64, 6, 64, renormalize=False),
     Variant(8, 2, 64, renormalize=False),
-    Variant(8, 2, 1, rule=BONUS, protect=0, from_demand=False),
-    Variant(8, 2, 64, rule=BONUS, protect=0, from_demand=False),
+    Variant(8, 2, 1, rule=BONUS, protect=0, affinity_from=EXECUTED),
+    Variant(8, 2, 64, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 1, ids="i32", weights="bf16"),
 ]
 
@@ -114,7 +115,7 @@ def compile_variant(variant: Variant, target: str) -> dict:
     BLOCK_T, BLOCK_E, num_warps = tile_of(v.T, v.E, v.K)
     constants = {
         "E": v.E, "K": v.K, "J": min(v.protect, v.K), "RULE": v.rule,
-        "RENORMALIZE": v.renormalize, "FROM_DEMAND": v.from_demand,
+        "RENORMALIZE": v.renormalize, "AFFINITY_FROM": v.affinity_from,
         "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "ONE_TILE": v.T <= BLOCK_T,
         "stride_le": 1, **({} if v.num_valid else {"num_valid_ptr": None}),
         # as the launcher specialises contiguous tensors: 1 is a constant

@@ -3,7 +3,7 @@
 import torch
 
 from moe_gpu import RouterState
-from moe_gpu.kernels.route_ref import Rule, route_ref
+from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref
 from moe_gpu.offload import ExpertLayout, ExpertOffloader, ExpertStore
 
 SHAPES = {"gate_up_proj": (6, 5), "down_proj": (5, 3)}  # odd: offsets need their alignment
@@ -48,7 +48,7 @@ def route(state: RouterState, chosen: list[list[int]], layer=0, rule=Rule.EXACT,
     weights_TK, ids_TK = torch.empty(T, K), torch.empty(T, K, dtype=torch.int64)
     route_ref(
         logits_TE, weights_TK, ids_TK, None, state, layer, top_k=K, rule=rule, protect=0,
-        renormalize=True, affinity_from_demand=True, decay=0.9, boost=1.0, max_score=4.0,
+        renormalize=True, affinity_from=AffinityFrom.DEMAND, decay=0.9, boost=1.0, max_score=4.0,
     )  # fmt: skip
     return weights_TK, ids_TK
 

@@ -4,7 +4,7 @@ import torch
 
 from moe_gpu import RouterState
 from moe_gpu.kernels.route import route
-from moe_gpu.kernels.route_ref import Rule, route_ref
+from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref
 
 STATE = ("affinity_LE", "activations_LE", "counters_LC", "record_LR")
 
@@ -22,7 +22,7 @@ def both(logits_TE, resident, strength, *, num_valid=None, layer=0, layers=1, ca
     E, device = logits_TE.shape[1], logits_TE.device
     T, K = logits_TE.shape[0], rules["top_k"]
     arguments = {
-        "rule": Rule.EXACT, "protect": 0, "renormalize": True, "affinity_from_demand": True,
+        "rule": Rule.EXACT, "protect": 0, "renormalize": True, "affinity_from": AffinityFrom.DEMAND,
         "decay": 0.99, "boost": 1.0, "max_score": 1.0,
     } | rules  # fmt: skip
     state = make_state(E, resident, strength, layers, device)

@@ -92,7 +92,9 @@ def test_commands(piped):
     assert said["/policy"] == "policy bonus:0.3\n" and said["/policy exact"] == "policy exact\n"
     assert re.match(r"[\d,]+ tokens, hits [\d.]+%, loads/token ", said["/stats"])
     assert said["/nope"].startswith("error: there is no command /nope; ")
-    assert said["/policy all"].startswith("error: /policy takes exact, bonus[:B] or mass[:M], got")
+    assert said["/policy all"].startswith(
+        "error: /policy takes exact, bonus[:B], mass[:M] or quality[:Q], got"
+    )
     assert said["/reset now"] == "error: /reset takes nothing, got 'now'\n"
     assert "16 tokens" in said["//usr/bin"]
     assert "/policy [P]" in said["/help"] and said["/quit"] == "" and "never" not in piped
@@ -186,7 +188,7 @@ def test_text_is_written_under_the_policy_named_last():
         return args.text_policy, args.max_new_tokens
 
     assert chosen("--chat --policy mass:0.1 --policy exact") == (("exact", 0.0), 256)
-    assert chosen("--chat --max-new-tokens 3") == (("mass", 0.05), 3)
+    assert chosen("--chat --max-new-tokens 3") == (("quality", 0.05), 3)
     assert chosen("--policy exact --policy all --policy bonus") == (("bonus", 0.15), 64)
 
 

@@ -117,7 +117,7 @@ def quick(tmp_path_factory):
 
 def test_json_has_what_was_measured(quick):
     content = json.loads((quick.folder / "out.json").read_text())
-    assert [row["policy"] for row in content["rows"]] == ["exact", "bonus:0.15", "mass:0.05"]
+    assert [row["policy"] for row in content["rows"]] == ["exact", "bonus:0.15", "quality:0.05"]
     for row in content["rows"]:
         assert 0 < row["hit_rate"] <= 1 and 1 < row["perplexity"] < 1000
         assert row["loads_per_token"] > 0 and row["tokens_per_second"] > 0
@@ -151,7 +151,7 @@ def test_screen_shows_text_table_and_conditions(quick):
     assert content["conditions"]["torch"] in quick.stdout
     said = " ".join(quick.stdout.split())
     assert "no claim about speed" in said or torch.cuda.is_available()
-    assert "prompt 1 of 1, under mass:0.05" in said
+    assert "prompt 1 of 1, under quality:0.05" in said
     assert "96 tokens are too few to tell 0.1 % of perplexity apart." in said
     assert "disk" not in said
 
@@ -307,7 +307,7 @@ def test_every_domain_takes_part_in_the_measurement(tokens, lengths):
         ("--slots 2 --resident 0.5", "not allowed with argument --slots"),
         ("--resident 0", "must lie in (0, 1], got '0'"),
         ("--resident nan", "must lie in (0, 1], got 'nan'"),
-        ("--policy lru", "must be exact, bonus[:B], mass[:M] or all, got 'lru'"),
+        ("--policy lru", "must be exact, bonus[:B], mass[:M], quality[:Q] or all, got 'lru'"),
         ("--policy mass:-0.1", "needs a finite strength >= 0, got 'mass:-0.1'"),
         ("--policy bonus:inf", "needs a finite strength >= 0, got 'bonus:inf'"),
         ("--policy exact:1", "must be exact"),

@@ -89,7 +89,11 @@ def test_requests_say_who_waits_for_whom(device):
 
 def test_affinity_follows_the_demand_or_the_executed(device):
     logits_TE = torch.tensor([[2.0, 1.0, 0.9, 0.0]], device=device)
-    for source, want in (("demand", [1, 1, 0, 0]), ("executed", [1, 0, 1, 0])):
+    for source, want in (
+        ("demand", [1, 1, 0, 0]),
+        ("executed", [1, 0, 1, 0]),
+        ("served", [1, 0, 0, 0]),
+    ):
         gate = MoEGate(None, 4, 2, CacheBonus(0.5), affinity_from=source, device=device)
         gate.set_resident([2])
         gate.route(logits_TE)
@@ -358,6 +362,21 @@ def test_policies_refuse_bad_fields():
         MassBudget(0.1, protect=-1)
     with pytest.raises(TypeError, match="bonus must be a number, got '1'"):
         CacheBonus("1")
+    with pytest.raises(TypeError, match="layer_scale must be a tuple of numbers, got 0.5"):
+        moe_gpu.QualityBudget(0.1, 0.5)
+    with pytest.raises(ValueError, match="layer_scale must be finite and >= 0, .* got -1"):
+        moe_gpu.QualityBudget(0.1, (1, -1))
+
+
+def test_layers_scale_the_budget(device):
+    state = make_state(8, layers=3, device=device)
+    policy = moe_gpu.QualityBudget(0.1, [1, 0.5, 2])
+    for layer in range(3):
+        make_gate(device, state=state, layer=layer, policy=policy)
+    assert state.strength_L.tolist() == pytest.approx([0.1, 0.05, 0.2])
+    with pytest.raises(ValueError, match="layer_scale must have 3 factors, .* got 2"):
+        make_gate(device, state=state, layer=1, policy=moe_gpu.QualityBudget(0.1, (1, 1)))
+    assert state.strength_L.tolist() == pytest.approx([0.1, 0.05, 0.2])
 
 
 @pytest.mark.parametrize(

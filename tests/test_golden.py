@@ -9,7 +9,7 @@ import torch
 
 from moe_gpu.kernels import layout
 from moe_gpu.kernels.route import route
-from moe_gpu.kernels.route_ref import Rule, route_ref
+from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref
 from routing import make_state
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "vectors"
@@ -31,7 +31,7 @@ def scenarios():
 def rules_of(scenario):
     names = ("top_k", "decay", "boost", "max_score")
     rules = {name: scenario[name] for name in names}
-    return rules | {"rule": Rule.BONUS, "protect": 0, "affinity_from_demand": False}
+    return rules | {"rule": Rule.BONUS, "protect": 0, "affinity_from": AffinityFrom.EXECUTED}
 
 
 def set_resident(state, experts):

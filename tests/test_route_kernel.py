@@ -5,7 +5,7 @@ import torch
 
 from moe_gpu.kernels import route as route_module
 from moe_gpu.kernels.route import _route, route, tile_of
-from moe_gpu.kernels.route_ref import Rule, route_ref, select_ref
+from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref, select_ref
 from routing import STATE, assert_same, both, make_state
 
 RULES = [  # rule, protect, strength: strong enough to swap often on unit-normal logits
@@ -15,6 +15,8 @@ RULES = [  # rule, protect, strength: strong enough to swap often on unit-normal
     (Rule.RANGE_BONUS, 1, 0.2),
     (Rule.MASS, 0, 0.2),
     (Rule.MASS, 1, 0.2),
+    (Rule.OUTPUT, 0, 0.3),
+    (Rule.OUTPUT, 1, 0.3),
 ]
 SHAPES = [  # T, E, K
     (1, 8, 2),  # Mixtral, decoding one token
@@ -63,7 +65,8 @@ def test_half_precision_logits(dtype, device):
     "options",
     [
         pytest.param({"renormalize": False}, id="share of all experts"),
-        pytest.param({"affinity_from_demand": False}, id="affinity from executed"),
+        pytest.param({"affinity_from": AffinityFrom.EXECUTED}, id="affinity from executed"),
+        pytest.param({"affinity_from": AffinityFrom.SERVED}, id="affinity from served"),
         pytest.param({"decay": 0.5, "boost": 0.3, "max_score": 0.8}, id="affinity constants"),
         pytest.param({"decay": 0.0, "boost": 2.0, "max_score": 4.0}, id="no memory"),
         pytest.param({"decay": 1.0, "boost": 0.125, "max_score": 3.0}, id="no forgetting"),
@@ -114,7 +117,7 @@ def test_no_tokens_no_launch(device):
 def test_strength_that_a_controller_broke_never_swaps(device):
     logits_TE = torch.randn(20, 8, device=device)
     demand = select_ref(logits_TE.cpu(), torch.zeros(8, dtype=torch.bool), 2).demand_TK
-    for rule in (Rule.BONUS, Rule.RANGE_BONUS, Rule.MASS):
+    for rule in (Rule.BONUS, Rule.RANGE_BONUS, Rule.MASS, Rule.OUTPUT):
         for strength in (float("nan"), -1.0, 0.0):
             state = make_state(8, [0, 1, 2, 3], strength, device=device)
             _, ids = route(logits_TE, state, 0, top_k=2, rule=rule)
@@ -249,7 +252,7 @@ def test_registered_op(device):
         torch.empty(5, 2, dtype=torch.int64, device=device), None,
         state.slot_of_LE, state.strength_L, state.affinity_LE, state.activations_LE,
         state.counters_LC, state.record_LR, state.scratch,
-        0, 2, int(Rule.MASS), 1, True, True, 0.99, 1.0, 1.0,
+        0, 2, int(Rule.MASS), 1, True, 1, 0.99, 1.0, 1.0,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.moe_gpu.route_.default, args)
     assert callable(_route)
@@ -307,7 +310,7 @@ def test_a_million_tokens_by_the_reference():
     out = (torch.empty(1_000_003, 2), torch.empty(1_000_003, 2, dtype=torch.int64))
     state = make_state(8, [0, 1, 2, 3])
     rules = {"top_k": 2, "rule": Rule.EXACT, "protect": 0, "renormalize": True}
-    rules |= {"affinity_from_demand": True, "decay": 0.9, "boost": 1.0, "max_score": 1.0}
+    rules |= {"affinity_from": AffinityFrom.DEMAND, "decay": 0.9, "boost": 1.0, "max_score": 1.0}
     route_ref(logits_TE, *out, None, state, 0, **rules)
     assert state.counters_LC[0, :2].tolist() == [1_000_003, 2_000_006]
     assert state.activations_LE.sum() == 2_000_006

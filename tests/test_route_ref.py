@@ -109,6 +109,40 @@ def test_mass_budget(mass, who, k, protect, budget, expected, moved):
     assert picked.moved_T.item() == pytest.approx(moved, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "mass, who, k, protect, budget, expected, moved",
+    [
+        # expert 1 (3) for 2 (2): 9 + 4 - 1.5 x 6 = 4, whose root is 2 of the demand's 8
+        pytest.param([5, 3, 2], {2}, 2, 1, 0.251, [0, 2], 1 / 8, id="inside"),
+        pytest.param([5, 3, 2], {2}, 2, 1, 0.249, [0, 1], 0, id="outside"),
+        pytest.param([5, 3, 2], {1, 2}, 2, 1, 9, [0, 1], 0, id="a resident never goes"),
+        pytest.param([5, 3, 2], {2}, 2, 2, 9, [0, 1], 0, id="all protected"),
+        pytest.param([5, 3, 2], {2}, 2, 1, NAN, [0, 1], 0, id="NaN never swaps"),
+        # 9 + 9 - 1.5 x 9 = 4.5, whose root is 2.1213 of 6
+        pytest.param([3, 3, 3], {2}, 2, 1, 0.354, [0, 2], 0, id="a tie, within"),
+        pytest.param([3, 3, 3], {2}, 2, 1, 0.353, [0, 1], 0, id="a tie is not free"),
+        # 4 -> 3: root of 7; 5 -> 2: root of 14, 0.2494 of 15. Prices do not add up
+        pytest.param([6, 5, 4, 3, 2], {3, 4}, 3, 1, 0.25, [0, 3, 4], 4 / 15, id="each by itself"),
+        pytest.param([6, 5, 4, 3, 2], {3, 4}, 3, 1, 0.249, [0, 1, 3], 1 / 15, id="a prefix"),
+        # 4 -> 4: root of 8, 0.2006 of 14.1; 4.1 -> 3.1: root of 7.355, 0.1923
+        pytest.param([6, 4.1, 4, 4, 3.1], {3, 4}, 3, 1, 0.196, [0, 1, 2], 0, id="refusal ends it"),
+        pytest.param([5, 3, 0], {2}, 2, 1, 0.376, [0, 2], 3 / 8, id="masked expert costs its all"),
+    ],
+)
+def test_output_budget(mass, who, k, protect, budget, expected, moved):
+    picked = select_ref(logs(*mass), resident(len(mass), who), k, Rule.OUTPUT, budget, protect)
+    assert picked.ids_TK.tolist() == [expected]
+    assert picked.moved_T.item() == pytest.approx(moved, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", [Rule.BONUS, Rule.RANGE_BONUS, Rule.MASS, Rule.OUTPUT])
+def test_strength_may_differ_by_token(rule):
+    row_TE, who_E = scores(2, 1.9, 1.8, 0).repeat(2, 1), resident(4, {2})
+    strength_T1 = torch.tensor([[0.5], [0.001]])
+    picked = select_ref(row_TE, who_E, 2, rule, strength_T1, 1)
+    assert picked.ids_TK.tolist() == [[0, 2], [0, 1]]
+
+
 def test_residency_may_differ_by_token():
     row_TE = torch.tensor([[2.0, 1.1, 1.0]]).repeat(2, 1)
     who_TE = torch.stack([resident(3, {2}), resident(3, {1})])

@@ -25,7 +25,7 @@ REFRESH = 0.25  # seconds between two readings of the metrics, which wait for th
 
 HELP = """\
 /reset       forget the conversation, not what is resident
-/policy [P]  show the policy, or set exact, bonus[:B] or mass[:M]
+/policy [P]  show the policy, or set exact, bonus[:B], mass[:M] or quality[:Q]
 /stats       totals of routing and loading, prompts included
 /help        this
 /quit        leave, as Ctrl-D does
@@ -160,7 +160,9 @@ class Chat:
             try:
                 (policy,) = options.policy(text)
             except (argparse.ArgumentTypeError, ValueError):  # ValueError: it was "all"
-                raise Refusal(f"/policy takes exact, bonus[:B] or mass[:M], got {text!r}") from None
+                raise Refusal(
+                    f"/policy takes exact, bonus[:B], mass[:M] or quality[:Q], got {text!r}"
+                ) from None
             self._set_policy(policy)
         say(f"policy {measure.label(self._policy)}")
 

@@ -20,13 +20,18 @@ WARM_UP = 32  # tokens before counting starts, so that no policy pays for fillin
 Rows = list[tuple[str, torch.Tensor]]
 
 
-def make_policy(
-    name: str, strength: float
-) -> moe_gpu.Exact | moe_gpu.CacheBonus | moe_gpu.MassBudget:
+POLICIES = {
+    "bonus": moe_gpu.CacheBonus,
+    "mass": moe_gpu.MassBudget,
+    "quality": moe_gpu.QualityBudget,
+}
+
+
+def make_policy(name: str, strength: float) -> moe_gpu.policies.Policy:
     """Build the policy behind a name of the command line."""
     if name == "exact":
         return moe_gpu.Exact()
-    return {"bonus": moe_gpu.CacheBonus, "mass": moe_gpu.MassBudget}[name](strength)
+    return POLICIES[name](strength)
 
 
 def label(policy: tuple[str, float]) -> str:

@@ -50,9 +50,9 @@ def parse(prog: str, description: str, argv: list[str] | None) -> argparse.Names
     add("--host-memory", metavar="SIZE",
         help="host memory for experts; the rest stays on disk (default: what there is)")
     add("--policy", action="append", type=policy, metavar="P",
-        help=f"exact, bonus[:B], mass[:M] or all; repeatable; exact is always measured, the others "
-             f"against it; text is written under the last (default: all, which is bonus:{BONUS} and "
-             f"mass:{BUDGET})")
+        help=f"exact, bonus[:B], mass[:M], quality[:Q] or all; repeatable; exact is always measured, the "
+             f"others against it; text is written under the last (default: all, which is "
+             f"bonus:{BONUS} and quality:{BUDGET})")
     add("--device", metavar="D", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
     add("--threads", type=whole(1, 1024), metavar="N",
@@ -130,11 +130,14 @@ def number(text: str) -> float:
 def policy(text: str) -> list[tuple[str, float]]:
     """Convert ``name[:strength]`` to pairs of name and strength."""
     name, _, strength = text.partition(":")
-    defaults = {"exact": 0.0, "bonus": BONUS, "mass": BUDGET}
+    defaults = {"exact": 0.0, "bonus": BONUS, "quality": BUDGET}
     if text == "all":
         return list(defaults.items())
+    defaults["mass"] = BUDGET
     if name not in defaults or text.endswith(":") or (name == "exact" and strength):
-        raise argparse.ArgumentTypeError(f"must be exact, bonus[:B], mass[:M] or all, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be exact, bonus[:B], mass[:M], quality[:Q] or all, got {text!r}"
+        )
     value = number(strength) if strength else defaults[name]
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"needs a finite strength >= 0, got {text!r}")

@@ -14,7 +14,7 @@ from ..offload.eviction import DEFAULT
 from ..offload.residency import Residency
 from ..offload.slots import warn_few_slots
 from ..offload.tiers import available_memory, host_budget, place
-from ..policies import MassBudget, Policy
+from ..policies import Policy, QualityBudget
 from ..state import RouterState
 from .attached import AttachedMoE, refuse_closed
 from .experts import ATTRIBUTE
@@ -38,7 +38,7 @@ def attach(
     pool: bool | None = None,
     staging_slots: int | None = None,
     pinned_memory: int | str | None = None,
-    policy: Policy = MassBudget(0.05),  # noqa: B008 - frozen dataclass
+    policy: Policy = QualityBudget(0.05),  # noqa: B008 - frozen dataclass
     eviction: str | EvictionPolicy = DEFAULT,
     bypass: bool = True,
     prefetch: Iterable[str] = (),
@@ -49,7 +49,7 @@ def attach(
     decay: float = 0.98,
     boost: float = 0.02,
     max_score: float = 1.0,
-    affinity_from: Literal["demand", "executed"] = "demand",
+    affinity_from: Literal["demand", "served", "executed"] = "served",
     max_policy_tokens: int = 64,
     verify: bool = False,
     timers: bool = False,

@@ -273,7 +273,7 @@ class AttachedMoE(NotCopyable):
         """
         self._check_attached("set_policy")
         if not isinstance(policy, Policy):
-            raise TypeError(f"policy must be Exact, CacheBonus or MassBudget, got {policy!r}")
+            raise TypeError(f"policy must be one of moe_gpu.policies, got {policy!r}")
         for gate in self.gates:
             gate.policy = policy
 

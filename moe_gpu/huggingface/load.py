@@ -14,7 +14,7 @@ from ..offload.disk import DiskExperts
 from ..offload.residency import Residency
 from ..offload.shards import Shards
 from ..offload.tiers import Tier, available_memory, host_budget, place
-from ..policies import MassBudget, Policy
+from ..policies import Policy, QualityBudget
 from .attach import make_gates, warn_of_few_slots
 from .attached import AttachedMoE
 from .budget import parse_bytes
@@ -43,7 +43,7 @@ def load(
     slots: int | None = None,
     resident: float | int | None = None,
     gpu_memory: int | str | None = None,
-    policy: Policy = MassBudget(0.05),  # noqa: B008 - frozen dataclass
+    policy: Policy = QualityBudget(0.05),  # noqa: B008 - frozen dataclass
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     host_memory: int | str | None = None,

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from ..offload.eviction import DEFAULT, eviction_policy
 from ..offload.offloader import STAGING_SLOTS, check_timeout
 from ..offload.prefetch import check_predictors
 from ..offload.slots import check_slots
-from ..policies import MassBudget, Policy
+from ..policies import Policy, QualityBudget
 from .budget import (
     MemoryNeeds,
     check_context_tokens,
@@ -66,7 +66,7 @@ class Options:
     pool: bool | None = None
     staging_slots: int | None = None
     pinned_memory: int | str | None = None
-    policy: Policy = MassBudget(0.05)  # noqa: RUF009 - frozen dataclass
+    policy: Policy = QualityBudget(0.05)  # noqa: RUF009 - frozen dataclass
     eviction: str | EvictionPolicy = DEFAULT
     bypass: bool = True
     prefetch: Iterable[str] = ()
@@ -76,7 +76,7 @@ class Options:
     decay: float = 0.98
     boost: float = 0.02
     max_score: float = 1.0
-    affinity_from: Literal["demand", "executed"] = "demand"
+    affinity_from: Literal["demand", "served", "executed"] = "served"
     max_policy_tokens: int = 64
     verify: bool = False
     timers: bool = False
@@ -110,7 +110,12 @@ class Options:
         # may be an iterator, of which nothing would be left
         object.__setattr__(self, "prefetch", check_predictors(self.prefetch))
         # the gate's own checks, here already: weights may have to be downloaded before there is one
-        MoEGate(num_experts=1, top_k=1, **self.of_gates())
+        one_layer = replace(self.policy, layer_scale=()) if self._is_scaled else self.policy
+        MoEGate(num_experts=1, top_k=1, **self.of_gates() | {"policy": one_layer})
+
+    @property
+    def _is_scaled(self) -> bool:
+        return bool(getattr(self.policy, "layer_scale", ()))
 
     @property
     def pinned_bytes(self) -> int | None:
