@@ -28,10 +28,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from _bench import RESULTS, ROOT, git_commit
 from eviction_replay import BELADY, Contender, Probation, Ranking, replay, replay_policy
 from eviction_traces import DRIFTS, Group, recorded_groups, synthetic_group
 from moe_gpu.offload.eviction import LRU, POLICIES
-from quality import RESULTS, ROOT, git_commit
 
 PRESENT = (0.99, 1.0, 1.0)  # decay, boost, max_score: the defaults of MoEGate and attach
 DECAYS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.997, 0.999)

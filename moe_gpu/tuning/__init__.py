@@ -1,0 +1,1 @@
+"""Choosing a setting by measurement: traces, replays, quality on the user's own text."""
