@@ -4,6 +4,7 @@ Usage:
     python profiling/quality.py                          # both shipped models; see below
     python profiling/quality.py --quick                  # a smoke test; its figures mean little
     python profiling/quality.py run MODEL [MODEL ...]    # evaluate, resumes where it stopped
+    python profiling/quality.py run MODEL --main         # without the lesser baselines and controls
     python profiling/quality.py report                   # tables and plots from what has been run
 
 MODEL is a folder; its name is the name of the model. Other training seeds of the shipped models
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import quality_texts
-from _bench import RESULTS, ROOT
+from _bench import RESULTS, ROOT, git_commit
 from moe_gpu import CacheBonus, Exact, MassBudget, QualityBudget
 from moe_gpu.tuning.calibrate import layer_sensitivity
 from moe_gpu.tuning.quality import Evaluation, Job, Outcome
@@ -80,8 +81,10 @@ class Entry:
     job: Job
 
 
-def curves(grid: dict, slots: int, scale: tuple[float, ...], full: bool) -> Iterator[Entry]:
-    """Yield the settings of one cache size; not ``full`` is the main curves only."""
+def curves(
+    grid: dict, slots: int, scale: tuple[float, ...], full: bool, main_only: bool
+) -> Iterator[Entry]:
+    """Yield the settings of one cache size; not ``full`` is three rules at fewer strengths."""
     exact = EXACT_CACHES if full else EXACT_CACHES[:2]
     yield from (Entry("exact", Job(Exact(), slots, cache)) for cache in exact)
     families = {
@@ -90,10 +93,10 @@ def curves(grid: dict, slots: int, scale: tuple[float, ...], full: bool) -> Iter
         "range-scaled bonus, running": RunningRangeBonus,
     }
     if full:
+        families |= {"quality budget": QualityBudget, "original bonus": CacheBonus}
+    if full and not main_only:
         families |= {
-            "quality budget": QualityBudget,
             "range-scaled bonus, per token": lambda b: CacheBonus(b, "logit_range", 1),
-            "original bonus": CacheBonus,
             "rank window": RankWindow,
         }
     knob = {"original bonus": "bonus", "rank window": "window"}
@@ -103,6 +106,8 @@ def curves(grid: dict, slots: int, scale: tuple[float, ...], full: bool) -> Iter
         for strength in grid[name][::step]:
             yield Entry(family, Job(make(strength), slots))
     if full:
+        yield Entry("identity", Job(QualityBudget(0.0), slots))
+    if full and not main_only:
         for budget in grid["quality"][2::2]:
             policy = QualityBudget(budget, scale)
             yield Entry("near-tie null", Job(null_of(policy, slots, SERVED), slots))
@@ -112,7 +117,6 @@ def curves(grid: dict, slots: int, scale: tuple[float, ...], full: bool) -> Iter
             yield Entry(
                 "range-scaled bonus, running, LRU", Job(RunningRangeBonus(strength), slots, LRU)
             )
-        yield Entry("identity", Job(QualityBudget(0.0), slots))
 
 
 def key_of(*parts: object) -> str:
@@ -155,7 +159,7 @@ def load(path: Path) -> tuple[dict, Outcome]:
     return described, Outcome(**tensors, pairs=int(described["pairs"]))
 
 
-def run(folder: Path, store: Path, quick: bool) -> None:
+def run(folder: Path, store: Path, quick: bool, main_only: bool = False) -> None:
     """Evaluate every setting on one model that has not been evaluated yet."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager"
@@ -163,7 +167,7 @@ def run(folder: Path, store: Path, quick: bool) -> None:
     E, K = model.config.num_local_experts, model.config.num_experts_per_tok
     grid = FINE if E > 16 else COARSE
     rows = slice(12, 14) if quick else quality_texts.ROWS
-    sizes = sorted({K, E // 4, E // 2, 3 * E // 4})
+    sizes = sorted({max(K, slots) for slots in (K, E // 4, E // 2, 3 * E // 4)})
     home = store / folder.name
     home.mkdir(parents=True, exist_ok=True)
     version = digest_of(folder), code_digest(), quick
@@ -175,7 +179,11 @@ def run(folder: Path, store: Path, quick: bool) -> None:
         "own generations": lambda: quality_texts.generated(model, folder, rows),
     }
     plan = [
-        (text, slots, list(curves(grid, slots, scale, full=text == "held out" and slots == E // 2)))
+        (
+            text,
+            slots,
+            list(curves(grid, slots, scale, text == "held out" and slots == E // 2, main_only)),
+        )
         for text in TEXTS
         for slots in (
             [E // 2, *(s for s in sizes if s != E // 2)] if text == "held out" else [E // 2]
@@ -209,6 +217,7 @@ def run(folder: Path, store: Path, quick: bool) -> None:
         "expert_bytes": 3 * config.hidden_size * config.intermediate_size * 2,  # as bf16
         "layer_scale": scale,
         "quick": quick,
+        "commit": git_commit(),
         "texts": wanted,
     }
     partial = home / "index.partial"
@@ -232,6 +241,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", nargs="?", choices=("all", "run", "report"), default="all")
     parser.add_argument("models", nargs="*", type=Path, help="default: the shipped ones")
+    parser.add_argument(
+        "--main", action="store_true", help="without the lesser baselines and the controls"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--store", type=Path, default=STORE, help="where single results are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where tables and plots go")
@@ -244,7 +256,7 @@ def main() -> None:
         args.store, args.out = STORE.parent / "quality_quick", STORE.parent
     if args.command in ("all", "run"):
         for folder in models:
-            run(folder, args.store, args.quick)
+            run(folder, args.store, args.quick, args.main)
     if args.command in ("all", "report"):
         from quality_report import report
 

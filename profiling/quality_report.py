@@ -57,11 +57,17 @@ class Kind:
                 curves[key].append((float(described["strength"]), described, outcome))
             for points in curves.values():
                 points.sort(key=lambda point: (point[0], point[1]["cache"]))
+        self.curves = [dict(curves) for curves in self.curves]
+        self._drawn: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
         self._index_RN = index_RN
 
     def keys(self) -> list[tuple[str, int, str]]:
-        """Return what has been evaluated for every seed."""
-        return [key for key in self.curves[0] if all(key in curves for curves in self.curves)]
+        """Return what has been evaluated for some seed."""
+        return list(dict.fromkeys(key for curves in self.curves for key in curves))
+
+    def seeds(self, *keys: tuple[str, int, str]) -> list[int]:
+        """Return the seeds for which all of this has been evaluated."""
+        return [n for n, curves in enumerate(self.curves) if all(key in curves for key in keys)]
 
     def exact(self, seed: int, text: str, slots: int, lru: bool):
         """Return exact routing under plain LRU, or under the default eviction."""
@@ -78,9 +84,12 @@ class Kind:
         return self._index_RN[rows]
 
     def curve(self, text: str, slots: int, family: str) -> dict[str, torch.Tensor]:
-        """Return a family's curve, means over seeds, exact routing first: ``(R, 1 + P)`` each."""
+        """Return a family's curves, exact routing first: ``(seeds, R, 1 + P)`` each."""
+        if (text, slots, family) in self._drawn:
+            return self._drawn[text, slots, family]
         by_seed = []
-        for seed, curves in enumerate(self.curves):
+        for seed in self.seeds((text, slots, family)):
+            curves = self.curves[seed]
             exact, lru = (self.exact(seed, text, slots, plain) for plain in (False, True))
             index = self.index(exact)
             base = loads_per_token(lru, index)
@@ -90,7 +99,9 @@ class Kind:
                 "change": torch.stack([perplexity_change(o, exact, index) for o in outcomes], 1),
                 "kl": torch.stack([kl_per_token(o, index) for o in outcomes], 1),
             })  # fmt: skip
-        return {name: torch.stack([c[name] for c in by_seed]) for name in by_seed[0]}
+        drawn = {name: torch.stack([c[name] for c in by_seed]) for name in by_seed[0]}
+        self._drawn[text, slots, family] = drawn
+        return drawn
 
 
 def bounds(values_R: torch.Tensor) -> dict[str, float]:
@@ -116,11 +127,12 @@ def cut_at(kind: Kind, text: str, slots: int, family: str, limit: float) -> dict
 def kl_ratio(kind: Kind, text: str, slots: int, family: str, rival: str, cut: float) -> dict | None:
     """Return the KL of a family over that of a rival, where both save the same loads."""
     ratios = []
-    for seed in range(len(kind.curves)):
-        kl = [
-            cost_at(curve["kl"][seed][:, 1:], curve["loads"][seed][:, 1:], 1 - cut)
-            for curve in (kind.curve(text, slots, name) for name in (family, rival))
-        ]
+    names = family, rival
+    for seed in kind.seeds(*((text, slots, name) for name in names)):
+        kl = []
+        for name in names:
+            curve, n = kind.curve(text, slots, name), kind.seeds((text, slots, name)).index(seed)
+            kl.append(cost_at(curve["kl"][n][:, 1:], curve["loads"][n][:, 1:], 1 - cut))
         ratios.append(kl[0] / kl[1])
     mean = torch.stack(ratios).log().mean(0).exp()
     share = mean.isfinite().double().mean().item()
@@ -133,10 +145,11 @@ def rows_of(kind: Kind) -> list[dict]:
     """Return one row per setting, means over seeds."""
     rows = []
     for text, slots, family in kind.keys():
-        for p in range(len(kind.curves[0][text, slots, family])):
-            found, described = [], kind.curves[0][text, slots, family][p][1]
-            for seed, curves in enumerate(kind.curves):
-                *_, outcome = curves[text, slots, family][p]
+        seeds = kind.seeds((text, slots, family))
+        for p in range(len(kind.curves[seeds[0]][text, slots, family])):
+            found, described = [], kind.curves[seeds[0]][text, slots, family][p][1]
+            for seed in seeds:
+                *_, outcome = kind.curves[seed][text, slots, family][p]
                 found.append((outcome, kind.exact(seed, text, slots, False)))
             index = kind.index(found[0][0])
             change = torch.stack([perplexity_change(o, e, index) for o, e in found]).mean(0)
@@ -149,7 +162,7 @@ def rows_of(kind: Kind) -> list[dict]:
             total = lambda name: sum(getattr(o, name).sum().item() for o in outcomes)  # noqa: E731, B023
             rows.append({
                 "kind": kind.name, "text": text, "resident": f"{slots} of {kind.experts}",
-                "family": family, "policy": re.sub(r"layer_scale=\([^)]*\)", "layer_scale=...", described["policy"]),
+                "family": family, "seeds": len(seeds), "policy": re.sub(r"layer_scale=\([^)]*\)", "layer_scale=...", described["policy"]),
                 "cache": described["cache"], "strength": float(described["strength"]),
                 "hit_rate": 1 - loads.sum().item() / pairs,
                 "loads_per_token": loads.mean().item(), "loads_p95": p95, "loads_p99": p99,
@@ -175,8 +188,9 @@ def headline(kind: Kind) -> list[dict]:
         for slots in sizes_of(kind, text):
             families = [f for t, s, f in kind.keys() if (t, s) == (text, slots)]
             swept = [f for f in families if f not in ("exact", "identity", "near-tie null")]
-            lru = [kind.exact(seed, text, slots, True) for seed in range(len(kind.curves))]
-            default = [kind.exact(seed, text, slots, False) for seed in range(len(kind.curves))]
+            seeds = kind.seeds((text, slots, "exact"))
+            lru = [kind.exact(seed, text, slots, True) for seed in seeds]
+            default = [kind.exact(seed, text, slots, False) for seed in seeds]
             index = kind.index(lru[0])
             base = torch.stack([loads_per_token(o, index) for o in lru])
             ours = torch.stack([loads_per_token(o, index) for o in default])

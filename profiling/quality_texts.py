@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROWS = slice(12, 56)  # of each domain: 0 to 11 chose the rule and its constant
+CHOICE_ROWS = slice(0, 12)  # of each domain: chose the rule and its constants
+ROWS = slice(12, 56)
 CALIBRATION_ROWS = slice(56, 64)
 SEGMENTS = 6  # rows of a stream that follow one another through the same caches
 

@@ -1,15 +1,13 @@
-"""Put the measured numbers into README.md, or check that they are the ones that stand there.
+"""Put the measured numbers into README.md and docs/quality.md, or check that they are right.
 
 Usage:
     python profiling/readme_table.py            # rewrite what lies between the two markers
     python profiling/readme_table.py --check    # exit 1 if that would change anything
 
-Reads ``quality_tiny.json`` in ``profiling/results``. Its ``rows`` have policy, resident, hit_rate,
-loads_per_token, mb_per_token, perplexity, perplexity_change_percent, ci_low and ci_high, all but
-the first two numbers or null; its ``conditions`` are a dictionary that is printed under the
-table. A figure that is null, and everything of a file that is not there, reads "not measured";
-a policy that is compared with itself (change 0, no interval) reads "the reference". What
-``eviction.json`` beside it found, if it is there, follows in a sentence.
+Reads ``quality.json`` in ``profiling/results``: its ``headline`` becomes the table, its rows of
+the default policy a sentence, its ``conditions`` the line under it. What was not measured, and
+everything of a file that is not there, reads "not measured". What ``eviction.json`` beside it
+found, if it is there, follows in a sentence.
 """
 
 import argparse
@@ -21,86 +19,138 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NOT_MEASURED = "not measured"
 
-COLUMNS = {  # head: (format, fields)
-    "policy": ("{}", "policy"),
-    "resident": ("{}", "resident"),
-    "hit rate": ("{:.1%}", "hit_rate"),
-    "loads/token": ("{:.2f}", "loads_per_token"),
-    "MB/token": ("{:.3f}", "mb_per_token"),
-    "perplexity": ("{:.3f}", "perplexity"),
-    "against exact (95 % interval)": (
-        "{:+.2f} % ({:+.2f} to {:+.2f})", "perplexity_change_percent", "ci_low", "ci_high",
-    ),
-}  # fmt: skip
+LIMIT = "0.5"  # % perplexity at which the curves are read
+FAMILIES = {
+    "original bonus": "original bonus",
+    "range-scaled bonus": "range-scaled bonus, running",
+    "mass budget": "mass budget",
+    "quality budget": "quality budget",
+    "and calibrated": "quality budget, calibrated",
+}
+DEFAULT = "quality budget", 0.05  # family and strength of attach's default
 
 
 def main() -> int:
-    """Rewrite or check the README; return the exit status."""
+    """Rewrite or check README and page; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--check", action="store_true", help="change nothing, exit 1 if out of date"
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
     parser.add_argument("--results", type=Path, default=ROOT / "profiling" / "results")
     args = parser.parse_args()
 
-    before = args.readme.read_text(encoding="utf-8")
-    after = fill(before, measured(args.results / "quality_tiny.json"))
-    if after == before:
-        return 0
-    if args.check:
-        print(
-            f"{args.readme.name} is out of date: run python profiling/readme_table.py",
-            file=sys.stderr,
-        )
-        return 1
-    args.readme.write_text(after, encoding="utf-8")
-    return 0
+    results = args.results / "quality.json"
+    after = {
+        path: fill(path, part(results))
+        for path, part in ((args.readme, measured), (args.page, against_rivals))
+    }
+    stale = [path for path in after if after[path] != path.read_text(encoding="utf-8")]
+    for path in stale:
+        if args.check:
+            print(
+                f"{path.name} is out of date: run python profiling/readme_table.py", file=sys.stderr
+            )
+        else:
+            path.write_text(after[path], encoding="utf-8")
+    return int(args.check and bool(stale))
 
 
-def fill(readme: str, table: str) -> str:
-    """Return ``readme`` with ``table`` between the markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"the README must hold {BEGIN} and {END} exactly once")
-    head, rest = readme.split(BEGIN)
+def fill(path: Path, table: str) -> str:
+    """Return the text of a file with ``table`` between the markers."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{path.name} must hold {BEGIN} and {END} exactly once")
+    head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     return f"{head}{BEGIN}\n{table}\n{END}{tail}"
 
 
+def against_rivals(path: Path) -> str:
+    """Return the KL of the best rule over its rivals', half of the experts resident."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"headline": []}
+    rows = [
+        (row, rival, ratios)
+        for row in content["headline"]
+        if row["text"] == "held out" and 2 * row["slots"] == int(row["resident"].split()[-1])
+        for rival, ratios in row["kl_ratio"].items()
+    ]
+    if not rows:
+        return NOT_MEASURED
+    cuts = list(rows[0][2])
+    head = ["model", "against", *(f"{float(cut):.0%} saved" for cut in cuts)]
+    lines = [head, ["---"] * 2 + ["---:"] * len(cuts)]
+    lines += [[row["kind"], rival, *map(ratio, ratios.values())] for row, rival, ratios in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def ratio(bound: dict | None) -> str:
+    """Format a ratio with its interval; nothing where a curve does not reach that far."""
+    return "" if bound is None else "{value:.2f} ({low:.2f} to {high:.2f})".format(**bound)
+
+
 def measured(path: Path) -> str:
     """Return the table of one results file, and the conditions it holds under."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": [{}]}
-    lines = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1)]
-    lines += [[cell(row, *column) for column in COLUMNS.values()] for row in content["rows"]]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    head = ["model", "resident", "exact, LRU: loads/token", "exact, default eviction", *FAMILIES]
+    rows = [
+        row for row in content.get("headline", [{}]) if row.get("text", "held out") == "held out"
+    ]
+    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *map(line, rows)]
+    parts = ["\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
     if "conditions" not in content:
-        return table
-    if "mass_budget_against_original_bonus" in content:
-        table += "\n\n" + claims(content)
+        return parts[0]
+    parts += [default_policy(content["rows"])]
     evictions = path.with_name("eviction.json")
     if evictions.exists():
-        table += "\n\n" + evicted(json.loads(evictions.read_text(encoding="utf-8")))
+        parts.append(evicted(json.loads(evictions.read_text(encoding="utf-8"))))
     facts = (f"{key.replace('_', ' ')} {plain(v)}" for key, v in content["conditions"].items())
-    return f"{table}\n\nMeasured with: {'; '.join(facts)}. From `profiling/results/{path.name}`."
+    parts.append(f"Measured with: {'; '.join(facts)}. From `profiling/results/{path.name}`.")
+    return "\n\n".join(part for part in parts if part)
 
 
-def claims(content: dict) -> str:
-    """Return the two comparisons that the table leads to, as sentences."""
-    gain = content["hits_gained_over_exact_at_half_percent"]
-    half = next(
-        row
-        for row in content["mass_budget_against_original_bonus"]
-        if row["perplexity_change_percent"] == 0.5
-    )
-    return (
-        f"{gain['policy']}: {gain['points']:.1f} points more hits than exact routing at "
-        f"{gain['perplexity_change_percent']:+.2f} % perplexity ({gain['ci_low']:+.2f} to "
-        f"{gain['ci_high']:+.2f}). At +0.5 %, where the curves of the plot are interpolated, a "
-        f"mass budget needs {half['mass_budget_fewer_loads_than_exact_percent']:.0f} % fewer loads "
-        f"than exact routing, and has "
-        f"{half['mass_budget_fewer_misses_than_bonus_percent']:.0f} % fewer misses "
-        f"({half['ci_low']:.0f} to {half['ci_high']:.0f}) than the original bonus."
-    )
+def line(row: dict) -> list[str]:
+    """Return the cells of one cache size."""
+    if not row:
+        return [NOT_MEASURED] * (4 + len(FAMILIES))
+    cuts = [row["cut"].get(family, {}).get(LIMIT) for family in FAMILIES.values()]
+    return [
+        row["kind"],
+        row["resident"],
+        f"{row['lru_loads_per_token']:.2f}",
+        share(row["default_eviction_cut"]),
+        *map(share, cuts),
+    ]
+
+
+def share(cut: dict | None) -> str:
+    """Format loads saved, with the interval; a curve that ends early gives a bound."""
+    if cut is None:
+        return NOT_MEASURED
+    sign = "at least " if cut.get("is_bound") else ""
+    value, low, high = (100 * cut[name] for name in ("value", "low", "high"))
+    return f"{sign}{value:.0f} % ({low:.0f} to {high:.0f})"
+
+
+def default_policy(rows: list[dict]) -> str:
+    """Return what the default policy does at half of the experts resident, as a sentence."""
+    family, strength = DEFAULT
+    found = []
+    for row in rows:
+        slots, experts = map(int, row["resident"].split(" of "))
+        if (row["family"], row["strength"], row["text"]) != (family, strength, "held out"):
+            continue
+        if 2 * slots == experts:
+            change = row["perplexity_change_percent"]
+            found.append(
+                f"{row['kind']}: {row['hit_rate']:.1%} hits, {row['loads_per_token']:.2f} loads a "
+                f"token, {change['value']:+.2f} % perplexity ({change['low']:+.2f} to "
+                f"{change['high']:+.2f})"
+            )
+    if not found:
+        return ""
+    return f"The default, `QualityBudget({strength})`, half resident. {'. '.join(found)}."
 
 
 def evicted(content: dict) -> str:
@@ -125,14 +175,6 @@ def evicted(content: dict) -> str:
         f"worst of the traces, {where}, it {change} {abs(points):.2f} points. Means over three cache "
         "sizes, from [eviction.md](profiling/results/eviction.md)."
     )
-
-
-def cell(row: dict, form: str, *fields: str) -> str:
-    """Format one figure, which may need several fields."""
-    values = [row.get(field) for field in fields]
-    if values == [0, None, None]:
-        return "the reference"
-    return NOT_MEASURED if None in values else form.format(*values)
 
 
 def plain(value: object) -> str:
