@@ -4,8 +4,8 @@ Usage:
     python profiling/eviction.py             # about three minutes of one idle core
     python profiling/eviction.py --quick     # a smoke test of every step; its figures mean little
 
-Replays router demand (:mod:`eviction_traces`) through caches (:mod:`eviction_replay`): what the
-shipped tiny Mixtral asks for on its held-out text, and synthetic traces that drift. Writes
+Replays router demand (:mod:`eviction_traces`) through caches (:mod:`moe_gpu.tuning.replay_engine`):
+what the shipped tiny Mixtral asks for on its held-out text, and synthetic traces that drift. Writes
 ``eviction.json``, and from it ``eviction.md`` and ``eviction.png``.
 
 Only ``decay`` and ``max_score / boost`` matter to a ranking by affinity, so ``max_score`` stays 1.
@@ -29,9 +29,10 @@ import numpy as np
 from tqdm import tqdm
 
 from _bench import RESULTS, ROOT, git_commit
-from eviction_replay import BELADY, Contender, Probation, Ranking, replay, replay_policy
+from eviction_replay import Contender, Probation, replay_policy
 from eviction_traces import DRIFTS, Group, recorded_groups, synthetic_group
 from moe_gpu.offload.eviction import LRU, POLICIES
+from moe_gpu.tuning.replay_engine import BELADY, Ranking, replay
 
 PRESENT = (0.99, 1.0, 1.0)  # decay, boost, max_score: the defaults of MoEGate and attach
 DECAYS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.997, 0.999)
@@ -52,7 +53,7 @@ class Rates:
         slots: Z cache sizes, in slots per layer.
         label: Of the progress bar.
         pool: One pool over the layers, of as many slots in all.
-        options: For :func:`eviction_replay.replay`.
+        options: For :func:`moe_gpu.tuning.replay_engine.replay`.
     """
 
     def __init__(

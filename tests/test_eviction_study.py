@@ -18,8 +18,9 @@ from moe_gpu.offload.eviction import LRU, POLICIES, Affinity  # noqa: E402
 PROFILING = Path(__file__).parents[1] / "profiling"
 sys.path.insert(0, str(PROFILING))
 import eviction as study  # noqa: E402
-from eviction_replay import BELADY, Contender, Probation, Ranking, replay, replay_policy  # noqa: E402
+from eviction_replay import Contender, Probation, replay_policy  # noqa: E402
 from eviction_traces import DRIFTS, Drift, Group, record, synthesize  # noqa: E402
+from moe_gpu.tuning.replay_engine import BELADY, Ranking, replay  # noqa: E402
 
 sys.path.remove(str(PROFILING))
 
