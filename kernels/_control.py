@@ -60,6 +60,7 @@ def _toward(mean, value, share):
 
 @triton.jit
 def _within(value, top):
+    value = tl.where(value > 0.0, value, 0.0)
     value = tl.where(value < top, value, top)
     return tl.where(value > 0.0, value, 0.0)
 

@@ -48,7 +48,10 @@ def finish(
     T, num_valid, generation,
     E: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Write the layer's state once all rows are routed; pointers are at the layer's row."""
+    """Write the layer's state once all rows are routed; pointers are at the layer's row.
+
+    Returns the misses, int32.
+    """
     mask_e = offs_e < E
     # a narrow row is held by several warps, each of which has loaded it: none may still be
     # loading when another stores
@@ -87,3 +90,4 @@ def finish(
     tl.store(row_ptr + 2 * E, priority_e, mask=mask_e)
     tl.store(row_ptr + 3 * E, affinity_e.to(tl.int32, bitcast=True), mask=mask_e)
     tl.store(record_ptr, generation)
+    return misses

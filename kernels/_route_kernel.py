@@ -6,15 +6,18 @@ them to the scratch with relaxed integer atomics, takes a ticket, and the last o
 leaves the scratch zero. Integer sums and bit sets commute, and affinity is aged in token order
 from the bit sets, so the results do not depend on the grid, the tile or the timing.
 
-Scratch, int32: ticket, then per expert the executed count, the swapped-away count, and one
-word per CHUNK of 32 tokens whose bit t says that token t chose the expert.
+Scratch, int32: ticket, unavoidable misses, moved mass (an int64), then per expert the executed
+count, the swapped-away count, and one word per CHUNK of 32 tokens whose bit t says that token t
+chose the expert.
 """
 
 import triton
 import triton.language as tl
 
 from . import layout
+from ._control import adapt, strength_in_force
 from ._epilogue import age, finish, moved_units_of
+from ._meters import METERS_BLOCK, add_meters, gone_of, kept_of, meters_of
 from ._select import (
     EXACT,
     FLOAT32_MAX,
@@ -31,6 +34,7 @@ from ._select import (
     may_outbid,
     mixing_weights_of,
     order_key,
+    row_mass_of,
     sum_of,
     swap_within_budget,
     take_biased_best,
@@ -41,8 +45,14 @@ CHUNK = tl.constexpr(layout.CHUNK)
 DEMAND = tl.constexpr(1)
 SERVED = tl.constexpr(2)
 SCRATCH_HEADER = tl.constexpr(layout.SCRATCH_HEADER)
+# words of the scratch beside the ticket, which is the first
+_UNAVOIDABLE = tl.constexpr(1)
+_MOVED = tl.constexpr(2)
 _NUM_COUNTERS = tl.constexpr(layout.NUM_COUNTERS)
 _MOVED_MASS = tl.constexpr(layout.MOVED_MASS)
+_NUM_CONTROLS = tl.constexpr(layout.NUM_CONTROLS)
+_NUM_CONTROL_STATE = tl.constexpr(layout.NUM_CONTROL_STATE)
+_NUM_METERS = tl.constexpr(layout.NUM_METERS)
 _RECORD_HEADER = tl.constexpr(layout.RECORD_HEADER)
 _RECORD_FIELDS = tl.constexpr(layout.RECORD_FIELDS)
 
@@ -52,9 +62,13 @@ def _route_tile(
     logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
     block, T, num_valid, strength, missing_e, offs_e,
     E: tl.constexpr, K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr,
-    RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+    RENORMALIZE: tl.constexpr, CONTROL: tl.constexpr, METERS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Route BLOCK_T rows. Returns demand and executed (BLOCK_T, BLOCK_E), moved (BLOCK_T,)."""
+    """Route BLOCK_T rows.
+
+    Returns demand and executed (BLOCK_T, BLOCK_E), moved (BLOCK_T,), the unavoidable misses (with
+    CONTROL) and what the meters gain (with METERS).
+    """
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     rows_t = offs_t.to(tl.int64)
     mask_t = offs_t < T
@@ -73,6 +87,16 @@ def _route_tile(
     codes = demand_codes
     executed_te = demand_te
     moved_t = tl.zeros([BLOCK_T], tl.float32)
+    unavoidable = 0
+    added_m = 0
+    if CONTROL:
+        unavoidable_t = tl.zeros([BLOCK_T], tl.int32)
+        for j in tl.static_range(J):
+            unavoidable_t += demand_codes[j] & 1
+        unavoidable = tl.sum(tl.where(valid_t, unavoidable_t, 0), axis=0)
+    if METERS:
+        change_t = tl.zeros([BLOCK_T], tl.float32)
+        gone_t = tl.zeros([BLOCK_T], tl.int32)
 
     if RULE != EXACT and J < K:
         strength_t = tl.zeros([BLOCK_T], tl.float32) + tl.minimum(strength, FLOAT32_MAX)
@@ -113,6 +137,16 @@ def _route_tile(
             kept_t = sum_of(masses_of(keys, top_t, K), K)
             lost_t = tl.maximum(total_t - kept_t, 0.0)
             moved_t = lost_t / tl.where(total_t > 0.0, total_t, 1.0)
+            if METERS:
+                gone_t = gone_of(demand_codes, codes, K)
+                both_t = kept_of(masses, gone_t, K)
+                change_t = 2.0 * (1.0 - both_t / tl.where(total_t > 0.0, total_t, 1.0))
+                if not RENORMALIZE:
+                    whole_t = row_mass_of(scores_te, all_te, top_t)
+                    change_t = ((total_t - both_t) + (kept_t - both_t)) / tl.where(
+                        whole_t > 0.0, whole_t, 1.0
+                    )
+                change_t = tl.where(gone_t == 0, 0.0, change_t)
 
     weights = mixing_weights_of(scores_te, all_te, keys, demand_keys, K, RENORMALIZE)
     for k in tl.static_range(K):
@@ -123,7 +157,9 @@ def _route_tile(
 
     live_te = valid_t[:, None] & mask_e[None, :]
     moved_t = tl.where(valid_t, moved_t, 0.0)
-    return demand_te & live_te, executed_te & live_te, moved_t
+    if METERS:
+        added_m = meters_of(moved_t, change_t, gone_t, valid_t, K)
+    return demand_te & live_te, executed_te & live_te, moved_t, unavoidable, added_m
 
 
 @triton.jit
@@ -140,12 +176,14 @@ def _aging_choice(demand_te, executed_te, AFFINITY_FROM: tl.constexpr):
 def route_kernel(
     logits_ptr, stride_lt, stride_le,  # (T, E) in, any float dtype
     num_valid_ptr,                     # () int32 in, or None: every row counts
-    slot_of_ptr, strength_ptr,         # (L, E) int32, (L,) float32 in
+    slot_of_ptr, strength_ptr,         # (L, E) int32 in, (L,) float32 in, with CONTROL out too
     weights_ptr, stride_wt,            # (T, K) out, unit stride along K
     ids_ptr, stride_it,                # (T, K) out, unit stride along K
     affinity_ptr, activations_ptr,     # (L, E) float32, (L, E) int64 in and out
     counters_ptr, record_ptr,          # (L, C) int64, (L, R) int32 in and out
     scratch_ptr,                       # int32, all zero between launches; unused with ONE_TILE
+    control_ptr, control_state_ptr,    # (L, P) float32 in, (L, S) float32 in and out, or None
+    meters_ptr,                        # (L, M) int64 in and out, or None
     T, layer, window,
     decay, boost, max_score,
     E: tl.constexpr,
@@ -154,6 +192,8 @@ def route_kernel(
     RULE: tl.constexpr,
     RENORMALIZE: tl.constexpr,   # softmax over the executed, else over all experts
     AFFINITY_FROM: tl.constexpr, # AffinityFrom
+    CONTROL: tl.constexpr,       # adapt the strength; not with EXACT
+    METERS: tl.constexpr,        # measure what swaps change; not with EXACT
     BLOCK_T: tl.constexpr,       # rows per tile, divides CHUNK
     BLOCK_E: tl.constexpr,       # next power of two >= E
     ONE_TILE: tl.constexpr,      # T <= BLOCK_T and one program: no ticket, no scratch
@@ -167,6 +207,14 @@ def route_kernel(
     strength = 0.0
     if RULE != EXACT:
         strength = tl.load(strength_ptr + layer)
+    residents = E
+    if CONTROL:
+        control_ptr += layer * _NUM_CONTROLS
+        control_state_ptr += layer * _NUM_CONTROL_STATE
+        residents = E - tl.sum(missing_e, axis=0)
+        strength = strength_in_force(control_ptr, strength, residents, K)
+    if METERS:
+        meters_ptr += layer * _NUM_METERS
     num_valid = T
     if num_valid_ptr is not None:
         num_valid = tl.maximum(tl.minimum(tl.load(num_valid_ptr), T), 0)
@@ -180,22 +228,30 @@ def route_kernel(
     generation = tl.load(record_ptr, volatile=True) + 1
     if ONE_TILE:
         affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
-        demand_te, executed_te, moved_t = _route_tile(
+        demand_te, executed_te, moved_t, unavoidable, added_m = _route_tile(
             logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
             pid, T, num_valid, strength, missing_e, offs_e,
-            E, K, J, RULE, RENORMALIZE, BLOCK_T,
+            E, K, J, RULE, RENORMALIZE, CONTROL, METERS, BLOCK_T,
         )  # fmt: skip
         chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
         bit_t = 1 << tl.arange(0, BLOCK_T)
         word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
         affinity_e = age(affinity_e, word_e, num_valid, decay, boost, max_score)
-        finish(
+        moved_units = moved_units_of(moved_t)
+        misses = finish(
             affinity_ptr, activations_ptr, counters_ptr, record_ptr,
             affinity_e,
             tl.sum(executed_te.to(tl.int32), axis=0),
             tl.sum((demand_te & (executed_te == 0)).to(tl.int32), axis=0),
-            moved_units_of(moved_t), missing_e, offs_e, T, num_valid, generation, E, K,
+            moved_units, missing_e, offs_e, T, num_valid, generation, E, K,
         )  # fmt: skip
+        if METERS:
+            add_meters(meters_ptr, added_m)
+        if CONTROL:
+            adapt(
+                control_ptr, control_state_ptr, strength_ptr + layer,
+                num_valid, residents, misses, moved_units, unavoidable, K,
+            )  # fmt: skip
     else:
         first_chunk = tl.maximum(num_valid - window, 0) // CHUNK
         executed_ptr = scratch_ptr + SCRATCH_HEADER + offs_e
@@ -203,16 +259,22 @@ def route_kernel(
         executed_e = tl.zeros([BLOCK_E], tl.int32)
         swapped_e = tl.zeros([BLOCK_E], tl.int32)
         moved_units = tl.zeros([1], tl.int64)
+        unavoidable_sum = tl.zeros([1], tl.int32)
+        meters_m = tl.zeros([METERS_BLOCK], tl.int64)
         for block in range(pid, tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
-            demand_te, executed_te, moved_t = _route_tile(
+            demand_te, executed_te, moved_t, unavoidable, added_m = _route_tile(
                 logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
                 block, T, num_valid, strength, missing_e, offs_e,
-                E, K, J, RULE, RENORMALIZE, BLOCK_T,
+                E, K, J, RULE, RENORMALIZE, CONTROL, METERS, BLOCK_T,
             )  # fmt: skip
             executed_e += tl.sum(executed_te.to(tl.int32), axis=0)
             if RULE != EXACT:
                 swapped_e += tl.sum((demand_te & (executed_te == 0)).to(tl.int32), axis=0)
                 moved_units += moved_units_of(moved_t)
+            if CONTROL:
+                unavoidable_sum += unavoidable
+            if METERS:
+                meters_m += added_m
             chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
             chunk = block * BLOCK_T // CHUNK
             if chunk >= first_chunk:
@@ -228,6 +290,14 @@ def route_kernel(
             tl.atomic_add(executed_ptr + E, swapped_e, mask=gone_e, sem="relaxed")
             moved_ptr = counters_ptr + _MOVED_MASS + tl.arange(0, 1)
             tl.atomic_add(moved_ptr, moved_units, mask=moved_units != 0, sem="relaxed")
+        unavoidable_ptr = scratch_ptr + _UNAVOIDABLE + tl.arange(0, 1)
+        moved_sum_ptr = (scratch_ptr + _MOVED).to(tl.pointer_type(tl.int64)) + tl.arange(0, 1)
+        if CONTROL:
+            some = unavoidable_sum != 0
+            tl.atomic_add(unavoidable_ptr, unavoidable_sum, mask=some, sem="relaxed")
+            tl.atomic_add(moved_sum_ptr, moved_units, mask=moved_units != 0, sem="relaxed")
+        if METERS:
+            add_meters(meters_ptr, meters_m)
         tl.debug_barrier()  # every thread's atomics are issued before the ticket is taken
         ticket = tl.atomic_add(scratch_ptr, 1, sem="acq_rel", scope="gpu")
         if ticket == tl.num_programs(0) - 1:
@@ -244,8 +314,11 @@ def route_kernel(
                 tokens = tl.minimum(num_valid - chunk * CHUNK, CHUNK)
                 affinity_e = age(affinity_e, word_e, tokens, decay, boost, max_score)
                 chunk += 1
+            if CONTROL:
+                unavoidable = tl.sum(tl.load(unavoidable_ptr, cache_modifier=".cg"), axis=0)
+                moved_sum = tl.sum(tl.load(moved_sum_ptr, cache_modifier=".cg"), axis=0)
             # moved mass went to its counter program by program
-            finish(
+            misses = finish(
                 affinity_ptr, activations_ptr, counters_ptr, record_ptr,
                 affinity_e, executed_e, swapped_e, 0, missing_e, offs_e,
                 T, num_valid, generation, E, K,
@@ -256,6 +329,13 @@ def route_kernel(
             tl.store(executed_ptr, zero_e, mask=mask_e)
             if RULE != EXACT:
                 tl.store(executed_ptr + E, zero_e, mask=mask_e)
+            if CONTROL:
+                tl.store(unavoidable_ptr, tl.zeros([1], tl.int32))
+                tl.store(moved_sum_ptr, tl.zeros([1], tl.int64))
+                adapt(
+                    control_ptr, control_state_ptr, strength_ptr + layer,
+                    num_valid, residents, misses, moved_sum, unavoidable, K,
+                )  # fmt: skip
             while chunk > first_chunk:
                 chunk -= 1
                 ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e

@@ -185,6 +185,16 @@ def by_score(keys, codes, executed_te, all_te, code_te, K: tl.constexpr):
 
 
 @triton.jit
+def row_mass_of(scores_te, key_te, top_t):
+    """The mass of all experts of a row."""
+    row_te = tl.where(key_te <= NONFINITE, 0.0, mass_of(scores_te, top_t[:, None]))
+    # in units of 2**-32 (the best mass is 1): an integer sum has the same bits in every order, and
+    # the order follows from the tile and the strides
+    units_te = (row_te * 4294967296.0).to(tl.int64)
+    return tl.sum(units_te, axis=1).to(tl.float32) * (1.0 / 4294967296.0)
+
+
+@triton.jit
 def mixing_weights_of(
     scores_te, key_te, keys, demand_keys, K: tl.constexpr, RENORMALIZE: tl.constexpr
 ):
@@ -206,11 +216,7 @@ def mixing_weights_of(
         else:
             top_t = finite_or_zero(key_score(demand_keys[0]))
             masses = masses_of(keys, top_t, K)
-            row_te = tl.where(key_te <= NONFINITE, 0.0, mass_of(scores_te, top_t[:, None]))
-            # in units of 2**-32 (the best mass is 1): an integer sum has the same bits in every
-            # order, and the order follows from the tile and the strides
-            units_te = (row_te * 4294967296.0).to(tl.int64)
-            total_t = tl.sum(units_te, axis=1).to(tl.float32) * (1.0 / 4294967296.0)
+            total_t = row_mass_of(scores_te, key_te, top_t)
         dead_t = total_t <= 0.0
         scale_t = 1.0 / tl.where(dead_t, 1.0, total_t)
         for k in tl.static_range(K):

@@ -160,5 +160,6 @@ def _toward(mean_L, value_L, share_L):
 
 def _within(value_L, top_L):
     """Clamp to [0, top]; NaN, of either, is 0."""
+    value_L = torch.where(value_L > 0, value_L, 0.0)
     value_L = torch.where(value_L < top_L, value_L, top_L)
     return torch.where(value_L > 0, value_L, 0.0)

@@ -99,7 +99,7 @@ RANKS = 16
 NUM_METERS = SWAPS_BY_RANK + RANKS
 
 METER_ONE = 1 << 24
-MAX_KL = 16.0  # nats; a token whose executed experts have no mass at all counts as this
+LEAST_KEPT = 2.0**-24  # of the demand's mass, for the KL: a token counts as 16.6 nats at most
 # bin 1 ends at 1.5 * 2 ** -14, the last begins at 1
 HISTOGRAM_OCTAVES = 14
 

@@ -73,6 +73,8 @@ def route(
     max_score: float = 1.0,
     num_valid: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    control: bool = False,
+    meters: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose K experts for every token and advance the state of ``layer``.
 
@@ -97,6 +99,9 @@ def route(
             state. None: all rows count.
         out: ``(weights, ids)`` to write to, unit stride along K: weights any supported float
             dtype, ids int32 or int64. None allocates float32 and int64.
+        control: Adapt ``state.strength_L[layer]`` for the next call as ``state.control_LP`` says
+            (:mod:`moe_gpu.kernels.control_ref`). Not with ``Rule.EXACT``, which needs no strength.
+        meters: Add to ``state.meters_LM`` (:mod:`moe_gpu.kernels.meters_ref`), likewise.
 
     Returns:
         weights_TK: Mixing weights, best unbiased score first.
@@ -124,6 +129,9 @@ def route(
         layer, top_k, int(rule), min(protect, top_k), renormalize, int(affinity_from),
         decay, boost, max_score,
     )  # fmt: skip
+    if rule != Rule.EXACT and (control or meters):
+        args += (state.control_LP, state.control_state_LS) if control else (None, None)
+        args += (state.meters_LM if meters else None,)
     # the dispatcher costs more than the launch it leads to; only a traced graph needs it
     if torch.compiler.is_compiling():
         torch.ops.moe_gpu.route_(*args)
@@ -136,18 +144,21 @@ def _route(
     logits_TE, weights_TK, ids_TK, num_valid, slot_of_LE, strength_L, affinity_LE,
     activations_LE, counters_LC, record_LR, scratch,
     layer, top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
+    control_LP=None, control_state_LS=None, meters_LM=None,
 ):  # fmt: skip
     if logits_TE.is_cuda and route_kernel is None:
         raise RuntimeError("routing on CUDA needs triton, which is not installed")
     if route_path(logits_TE.device) == "reference":
         state = _State(
-            slot_of_LE, strength_L, affinity_LE, activations_LE, counters_LC, record_LR, scratch
-        )
+            slot_of_LE, strength_L, affinity_LE, activations_LE, counters_LC, record_LR, scratch,
+            control_LP, control_state_LS, meters_LM,
+        )  # fmt: skip
         route_ref(
             logits_TE, weights_TK, ids_TK, num_valid, state, layer,
             top_k=top_k, rule=Rule(rule), protect=protect, renormalize=renormalize,
             affinity_from=AffinityFrom(affinity_from),
             decay=decay, boost=boost, max_score=max_score,
+            control=control_LP is not None, meters=meters_LM is not None,
         )  # fmt: skip
         return
     T, E = logits_TE.shape
@@ -159,9 +170,11 @@ def _route(
             num_valid, slot_of_LE, strength_L,
             weights_TK, weights_TK.stride(0), ids_TK, ids_TK.stride(0),
             affinity_LE, activations_LE, counters_LC, record_LR, scratch,
+            control_LP, control_state_LS, meters_LM,
             T, layer, affinity_window(decay), decay, boost, max_score,
             E=E, K=top_k, J=protect, RULE=rule, RENORMALIZE=renormalize,
-            AFFINITY_FROM=affinity_from, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
+            AFFINITY_FROM=affinity_from, CONTROL=control_LP is not None,
+            METERS=meters_LM is not None, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
             ONE_TILE=T <= BLOCK_T, **launch_options(num_warps),
         )  # fmt: skip
 
@@ -169,7 +182,7 @@ def _route(
 class _State:
     __slots__ = (
         "slot_of_LE", "strength_L", "affinity_LE", "activations_LE",
-        "counters_LC", "record_LR", "scratch",
+        "counters_LC", "record_LR", "scratch", "control_LP", "control_state_LS", "meters_LM",
     )  # fmt: skip
 
     def __init__(self, *tensors):
@@ -181,10 +194,11 @@ class _State:
 _library = torch.library.Library("moe_gpu", "FRAGMENT")
 _library.define(
     "route_(Tensor logits, Tensor(a!) weights, Tensor(b!) ids, Tensor? num_valid, "
-    "Tensor slot_of, Tensor strength, Tensor(c!) affinity, Tensor(d!) activations, "
+    "Tensor slot_of, Tensor(h!) strength, Tensor(c!) affinity, Tensor(d!) activations, "
     "Tensor(e!) counters, Tensor(f!) record, Tensor(g!) scratch, SymInt layer, SymInt top_k, "
     "SymInt rule, SymInt protect, bool renormalize, SymInt affinity_from, float decay, "
-    "float boost, float max_score) -> ()"
+    "float boost, float max_score, Tensor? control=None, Tensor(i!)? control_state=None, "
+    "Tensor(j!)? meters=None) -> ()"
 )
 _library.impl("route_", _route, "CPU")
 _library.impl("route_", _route, "CUDA")

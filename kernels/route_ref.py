@@ -12,6 +12,8 @@ execute and ``J`` of them protected:
    weigh; a row with none is uniform.
 4. Affinity ages once per valid token, in token order:
    ``a = min(a * decay + boost * chosen, max_score)``.
+5. A controller sets the strength of the next call (:mod:`.control_ref`), and meters count what the
+   swaps changed (:mod:`.meters_ref`); both only where they are asked for and a rule could swap.
 
 It is also the path for tensors on the CPU.
 
@@ -26,6 +28,8 @@ from typing import NamedTuple
 import torch
 
 from . import layout
+from .control_ref import Call, adapt_ref, strength_in_force
+from .meters_ref import meters_ref
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -42,15 +46,15 @@ class Rule(enum.IntEnum):
     # the longest prefix whose sum of max(0, p(m) - p(r)) is at most strength * sum(p(demand)),
     # p the softmax over the row's finite scores
     MASS = 3
-    # the longest prefix each of whose swaps changes the layer's output by an estimated share of at
-    # most strength: w(m)^2 + w(r)^2 - 2 SIMILARITY w(m) w(r) <= strength^2, w = p / sum(p(demand)).
-    # That is the expected square of |w(m) f(m) - w(r) f(r)| for outputs f of equal norm whose
-    # directions have cosine SIMILARITY
+    # the longest prefix each of whose swaps is priced at most strength: w(m)^2 + w(r)^2 -
+    # 2 SIMILARITY w(m) w(r) <= strength^2, w = p / sum(p(demand)). For outputs f of equal norm whose
+    # directions have that cosine it is the expected square of |w(m) f(m) - w(r) f(r)|
     OUTPUT = 4
 
 
-# measured: profiling/results/quality.md. Fitted, so it also stands for what else a small score
-# gap says about the stand-in
+# Fitted to the KL divergence at equal loads (profiling/results/quality_ideas.md); not a cosine that
+# was measured: outputs of two experts of the tiny models have 0.04 to 0.11. It sets how much a gap
+# in weight counts beside the weight itself: the price is (w(m) - w(r))^2 + w(m) w(r) / 2
 SIMILARITY = 0.75
 
 
@@ -248,6 +252,7 @@ def age_affinity_ref(
 def route_ref(
     logits_TE, weights_TK, ids_TK, num_valid, state, layer, *,
     top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
+    control=False, meters=False,
 ):  # fmt: skip
     """Route T tokens and advance the state of ``layer``: the meaning of one kernel launch.
 
@@ -258,7 +263,12 @@ def route_ref(
     valid = T if num_valid is None else max(0, min(T, int(num_valid)))
     scores_TE = logits_TE.detach().float()
     resident_E = state.slot_of_LE[layer] >= 0
-    picked = select_ref(scores_TE, resident_E, top_k, rule, state.strength_L[layer], protect)
+    row, residents = slice(layer, layer + 1), resident_E.sum().reshape(1)
+    control, meters = control and rule != Rule.EXACT, meters and rule != Rule.EXACT
+    strength = state.strength_L[row]
+    if control:
+        strength = strength_in_force(state.control_LP[row], strength, residents, top_k)
+    picked = select_ref(scores_TE, resident_E, top_k, rule, strength, protect)
     executed_TK = picked.ids_TK.clone()
     executed_TK[valid:] = picked.demand_TK[valid:]  # padding rows are not swapped
     weights = mixing_weights(scores_TE, executed_TK, renormalize)
@@ -298,6 +308,19 @@ def route_ref(
         layout.PADDED: T - valid,
     }
     state.counters_LC[layer] += torch.tensor([added[c] for c in range(layout.NUM_COUNTERS)])
+
+    if meters:
+        state.meters_LM[layer] += meters_ref(
+            _mass(scores_TE[:valid]), picked.demand_TK[:valid], executed_TK[:valid],
+            picked.moved_T[:valid], renormalize,
+        )  # fmt: skip
+    if control:
+        unavoidable = missing_E[picked.demand_TK[:valid, :protect]].sum()
+        counts = [torch.as_tensor(n).reshape(1) for n in (valid, misses, moved, unavoidable)]
+        call = Call(counts[0], residents, *counts[1:])
+        state.control_state_LS[row], state.strength_L[row] = adapt_ref(
+            state.control_LP[row], state.control_state_LS[row], state.strength_L[row], call, top_k
+        )
 
     background_E = missing_E & (executed_E == 0) & (swapped_E > 0)
     priority_E = torch.where(urgent_E, layout.PRIORITY_URGENT, layout.PRIORITY_NONE)

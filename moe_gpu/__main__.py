@@ -10,6 +10,9 @@ import os
 import sys
 from typing import NoReturn
 
+from .tuning.command import add_tune
+from .tuning.replay_command import add_replay
+
 
 class Parser(argparse.ArgumentParser):
     """Refuses with one sentence instead of the whole usage."""
@@ -24,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="moe-gpu", description="Mixture-of-experts models larger than the GPU.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands)
+    add_tune(commands)
+    add_replay(commands)
     args = parser.parse_args(argv)
     try:
         status = args.run(args)

@@ -40,6 +40,10 @@ _FAMILIES = {
     "swaps": _Family("swaps", "Executed experts that stood in for a demanded one."),
     "moved_mass": _Family("moved_mass", "Router mass moved by swaps, in tokens' demand."),
     "padded": _Family("padded_rows", "Rows beyond the valid ones."),
+    "moved_mass_p99": _Family("moved_mass_p99", "99th percentile of the moved mass per token."),
+    "l1_change": _Family("l1_change", "Change of a token's mixing weights, mean."),
+    "routing_kl": _Family("routing_kl_nats", "KL divergence that swaps add, mean per token."),
+    "swaps_by_rank": _Family("rank_swaps", "Demanded experts swapped away, by rank from 0."),
     "loads": _Family("loads", "Experts copied to the device."),
     "bytes_loaded": _Family("loaded_bytes", "Bytes of experts copied to the device."),
     "loads_by_tier": _Family("tier_loads", "Experts copied, by the tier they came from."),
@@ -78,6 +82,9 @@ def _figures(part: Metrics | LayerMetrics) -> dict[str, object]:
     figures = {f.name: getattr(part, f.name) for f in fields(part)} | {"hit_rate": part.hit_rate}
     if isinstance(part, Metrics):
         figures["prefetch_accuracy"] = part.prefetch_accuracy
+    ranks = figures["swaps_by_rank"]
+    if ranks is not None:
+        figures["swaps_by_rank"] = {str(rank): swaps for rank, swaps in enumerate(ranks)}
     return {name: value for name, value in figures.items() if name not in ("layer", "layers")}
 
 
@@ -110,7 +117,7 @@ class PrometheusCollector:
     Names follow Prometheus: ``moe_gpu_hits_total``, ``moe_gpu_loaded_bytes_total``,
     ``moe_gpu_stall_seconds_total``, gauges such as ``moe_gpu_slots_used``. Figures of one layer
     are families of their own, ``moe_gpu_layer_hits_total{layer="3"}``, and so are those by tier,
-    ``moe_gpu_tier_loads_total{tier="disk"}``: a sum over a family counts nothing twice. What was
+    ``moe_gpu_tier_loads_total{tier="disk"}``, and by rank: a sum over a family counts nothing twice. What was
     not measured has no sample. ``reset_metrics()`` looks to Prometheus like a restart.
 
     A second model in the same process goes into the same collector: :meth:`add`.
@@ -181,7 +188,8 @@ class PrometheusCollector:
             family = families.setdefault(prefix + field, self._family(field, prefix))
             suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
             if isinstance(value, dict):
-                samples = [(labels | {"tier": tier}, number) for tier, number in value.items()]
+                by = "rank" if field == "swaps_by_rank" else "tier"
+                samples = [(labels | {by: part}, number) for part, number in value.items()]
             elif isinstance(value, str):
                 samples = [(labels | {"path": value}, 1)]
             else:
@@ -228,9 +236,9 @@ def write_scalars(
     for place, part in parts.items():
         for name, value in _figures(part).items():
             by_tag = value if isinstance(value, dict) else {None: value}
-            for tier, number in by_tag.items():
+            for key, number in by_tag.items():
                 if isinstance(number, int | float):
-                    tag = f"{place}/{name}" if tier is None else f"{place}/{name}/{tier}"
+                    tag = f"{place}/{name}" if key is None else f"{place}/{name}/{key}"
                     writer.add_scalar(tag, number, step)
 
 

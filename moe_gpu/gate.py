@@ -18,11 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .adaptive import Adaptive, Control, control_reports
+from .kernels import layout
 from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
 from .kernels.route import route, route_path
 from .kernels.route_ref import FLOAT32_MAX, AffinityFrom, mixing_weights
 from .latency import RouteTimer, summarize_us
-from .metrics import Metrics, routing_counts
+from .metrics import Metrics, meter_figures, routing_counts
 from .policies import Exact, Policy, layer_strengths
 from .record import RecordReader
 from .requests import PagingRequest
@@ -63,6 +65,8 @@ class MoEGate(nn.Module):
         state: Shared state of a model; None makes one with a single layer.
         layer: This gate's row in ``state``.
         timers: Record the latency of each route call.
+        meters: Measure on the device what swaps change: ``moved_mass_p99``, ``l1_change``,
+            ``routing_kl`` and ``swaps_by_rank`` of :class:`~moe_gpu.metrics.Metrics`.
         device: Where the parameters, and the state if none is given, live.
         dtype: Of the router weight.
 
@@ -94,6 +98,7 @@ class MoEGate(nn.Module):
         state: RouterState | None = None,
         layer: int = 0,
         timers: bool = False,
+        meters: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -125,6 +130,9 @@ class MoEGate(nn.Module):
         self.decay, self.boost, self.max_score = float(decay), float(boost), float(max_score)
         self.affinity_from, self.max_policy_tokens = affinity_from, max_policy_tokens
         self.state, self.layer = state, layer
+        if not isinstance(meters, bool):
+            raise TypeError(f"meters must be True or False, got {meters!r}")
+        self.meters = meters
         self.policy = policy
         self._last_path: str | None = None
         self._reader = RecordReader(state)
@@ -142,7 +150,11 @@ class MoEGate(nn.Module):
 
     @property
     def policy(self) -> Policy:
-        """The policy in force; assigning one also sets its strength on the device."""
+        """The policy in force.
+
+        Assigning one also sets its strength on the device; an adaptive one begins again, cold, and
+        any other switches the controller off.
+        """
         return self._policy
 
     @policy.setter
@@ -150,7 +162,11 @@ class MoEGate(nn.Module):
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be one of moe_gpu.policies, got {policy!r}")
         strengths_L = layer_strengths(policy, self.state.num_layers)
+        self._is_adaptive = isinstance(policy, Adaptive)
+        row = policy.controls(self.top_k) if self._is_adaptive else [0.0] * layout.NUM_CONTROLS
+        self.state.control_LP[self.layer] = torch.tensor(row).to(self.state.control_LP)
         self.state.strength_L[self.layer] = strengths_L[self.layer]
+        self.state.restart_control(self.layer)
         self._policy = policy
 
     def forward(
@@ -225,6 +241,8 @@ class MoEGate(nn.Module):
             "max_score": self.max_score,
             "num_valid": num_valid,
             "out": out,
+            "control": self._is_adaptive,
+            "meters": self.meters,
         }
         if self._timer is None or not self._timer.can_time(scores.device):
             weights_TK, ids_TK = route(scores, self.state, self.layer, **arguments)
@@ -286,16 +304,31 @@ class MoEGate(nn.Module):
         return Metrics(
             **routing_counts(self.state.counters_LC[self.layer : self.layer + 1]),
             **summarize_us(self.latencies_us()),
+            **(meter_figures(self._meters(), self.top_k) if self.meters else {}),
             superseded=self._reader.superseded,
             route_path=self._last_path,
         )
 
     def reset_metrics(self) -> None:
-        """Set this layer's counters and timers to zero; affinity and activations stay."""
+        """Set this layer's counters, meters and timers to zero.
+
+        Affinity, activations and the controller stay.
+        """
         self.state.counters_LC[self.layer].zero_()
+        self.state.meters_LM[self.layer].zero_()
         self._reader.superseded = 0
         if self._timer is not None:
             self._timer.reset()
+
+    def control(self) -> Control:
+        """Return what the controller of an adaptive policy is doing. Synchronises."""
+        state, row = self.state, slice(self.layer, self.layer + 1)
+        return control_reports(
+            state.control_LP[row], state.control_state_LS[row], state.strength_L[row], self.layer
+        )[0]
+
+    def _meters(self) -> torch.Tensor:
+        return self.state.meters_LM[self.layer : self.layer + 1]
 
     def extra_repr(self) -> str:
         """Show the sizes and the policy in ``print(model)``."""

@@ -25,6 +25,9 @@ STATES = {
     "pin_refused_bytes",
     "hit_rate",
     "prefetch_accuracy",
+    "moved_mass_p99",
+    "l1_change",
+    "routing_kl",
     "route_path",
     "route_us_mean",
     "route_us_p50",
@@ -37,7 +40,8 @@ class Interval:
     """What happened between two readings of a :class:`Meter`.
 
     Attributes:
-        metrics: The totals' difference; slots, home tiers and latencies are those of its end.
+        metrics: The totals' difference; slots, home tiers, latencies and what ``meters=True``
+            measures, but for ``swaps_by_rank``, are those of its end.
         seconds: Wall time between the readings.
     """
 
@@ -111,10 +115,14 @@ def _change(old: Metrics | LayerMetrics, new: Metrics | LayerMetrics) -> dict[st
         if isinstance(after, dict):
             tiers = before | after
             change[f.name] = {tier: after.get(tier, 0) - before.get(tier, 0) for tier in tiers}
+        elif isinstance(after, tuple):
+            before = before or (0,) * len(after)
+            change[f.name] = tuple(y - x for x, y in zip(before, after, strict=True))
         else:
             change[f.name] = after - (before or 0)
     return change
 
 
 def _all(value: object) -> list:
-    return list(value.values()) if isinstance(value, dict) else [value]
+    value = value.values() if isinstance(value, dict) else value
+    return [value] if isinstance(value, int | float) else list(value)

@@ -1,5 +1,6 @@
 """What a gate, or a model with an offloader, has done so far."""
 
+import itertools
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -39,6 +40,10 @@ class LayerMetrics(HitRate):
     bytes_loaded: int = 0
     evictions: int = 0
     stall_ms: float | None = None
+    moved_mass_p99: float | None = None
+    l1_change: float | None = None
+    routing_kl: float | None = None
+    swaps_by_rank: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +136,15 @@ class Metrics(OffloadMetrics, HitRate):
         swaps: Executed experts that stood in for a demanded one.
         moved_mass: Router mass that swaps moved, in units of one token's demand.
         padded: Rows beyond ``num_valid``.
+        moved_mass_p99: 99th percentile over tokens and layers of the moved mass, as a share of the
+            token's demand: the upper edge of its bin (half an octave wide), 0 if it is exactly 0.
+            This and the next three with ``meters=True`` only, else None, and over the calls that
+            might have swapped: not ``Exact()``, not prefill.
+        l1_change: Sum of the absolute changes of a token's mixing weights, mean over tokens and
+            layers.
+        routing_kl: KL divergence in nats from the router's distribution, of what was executed less
+            that of the demand, mean over tokens and layers.
+        swaps_by_rank: How often the first, second, ... expert of the demand was swapped away.
         route_path: ``"triton"`` or ``"reference"``: what ran the last route call; None before it.
         route_us_mean, route_us_p50, route_us_p99: Latency of the route call, ``timers=True``
             only, over the most recent calls.
@@ -144,6 +158,10 @@ class Metrics(OffloadMetrics, HitRate):
     swaps: int = 0
     moved_mass: float = 0.0
     padded: int = 0
+    moved_mass_p99: float | None = None
+    l1_change: float | None = None
+    routing_kl: float | None = None
+    swaps_by_rank: tuple[int, ...] | None = None
     route_path: str | None = None
     route_us_mean: float | None = None
     route_us_p50: float | None = None
@@ -155,10 +173,10 @@ class Metrics(OffloadMetrics, HitRate):
 
 
 class CounterMirror:
-    """The device's counters as the host last saw them.
+    """The device's counters, or its meters, as the host last saw them.
 
     Args:
-        counters_LC: ``RouterState.counters_LC``.
+        counters_LC: ``RouterState.counters_LC`` or ``meters_LM``.
     """
 
     def __init__(self, counters_LC: torch.Tensor):
@@ -210,4 +228,29 @@ def routing_counts(counters_LC: torch.Tensor) -> dict[str, int | float]:
         "swaps": total_C[layout.SWAPS],
         "moved_mass": total_C[layout.MOVED_MASS] / layout.MOVED_MASS_ONE,
         "padded": most_C[layout.PADDED],
+    }
+
+
+def meter_figures(meters_LM: torch.Tensor, top_k: int = layout.RANKS) -> dict[str, object]:
+    """Turn device meters into the quality fields of :class:`Metrics`. Synchronises.
+
+    Args:
+        meters_LM: ``RouterState.meters_LM`` or rows of it, int64.
+        top_k: Experts per token: ranks to report.
+    """
+    total_M = meters_LM.cpu().sum(0).tolist()
+    tokens = total_M[layout.METERED]
+    unit = layout.METER_ONE * max(tokens, 1)
+    bins = total_M[layout.HISTOGRAM : layout.SWAPS_BY_RANK]
+    up_to = list(itertools.accumulate(bins))
+    p99 = next(
+        edge
+        for edge, count in zip(layout.moved_mass_edges(), up_to, strict=True)
+        if 100 * count >= 99 * tokens
+    )
+    return {
+        "moved_mass_p99": p99,
+        "l1_change": total_M[layout.L1_CHANGE] / unit,
+        "routing_kl": total_M[layout.ROUTING_KL] / unit,
+        "swaps_by_rank": tuple(total_M[layout.SWAPS_BY_RANK :][:top_k]),
     }

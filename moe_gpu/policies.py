@@ -6,25 +6,12 @@ demand; a policy decides how many replacements ("swaps") a token may take. The e
 in :mod:`moe_gpu.kernels.route_ref`.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from .adaptive import AdaptiveBonus, HitRateTarget, QualityTarget
+from .bounds import check_count, check_strength
 from .kernels.route_ref import FLOAT32_MAX, Rule
-
-
-def _check_strength(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and 0 <= value <= FLOAT32_MAX):
-        raise ValueError(f"{name} must be finite and >= 0, within float32, got {value}")
-
-
-def _check_protect(protect: int) -> None:
-    if not isinstance(protect, int) or isinstance(protect, bool):
-        raise TypeError(f"protect must be an int, got {protect!r}")
-    if protect < 0:
-        raise ValueError(f"protect must be >= 0, got {protect}")
 
 
 @dataclass(frozen=True)
@@ -60,8 +47,8 @@ class CacheBonus:
     protect: int = 0
 
     def __post_init__(self) -> None:
-        _check_strength("bonus", self.bonus)
-        _check_protect(self.protect)
+        check_strength("bonus", self.bonus)
+        check_count("protect", self.protect)
         if self.scale not in ("absolute", "logit_range"):
             raise ValueError(f"scale must be 'absolute' or 'logit_range', got {self.scale!r}")
 
@@ -96,8 +83,8 @@ class MassBudget:
     rule = Rule.MASS
 
     def __post_init__(self) -> None:
-        _check_strength("budget", self.budget)
-        _check_protect(self.protect)
+        check_strength("budget", self.budget)
+        check_count("protect", self.protect)
 
     @property
     def strength(self) -> float:
@@ -110,11 +97,11 @@ class QualityBudget:
     """Swap while each swap changes the layer's output by little: the best rule measured so far.
 
     A swap of expert m for its stand-in r is priced at
-    ``sqrt(w(m)^2 + w(r)^2 - 1.5 w(m) w(r))``, w the router's mass as a share of the demand's: the
-    weight that leaves and the weight that comes in, not only their difference. A stand-in as good
-    as the router's own choice is therefore not free, and the tail of the demand is cheap. Each
-    swap is priced by itself, so that the last one of every token costs the same: many small
-    changes harm less than one large one.
+    ``sqrt(w(m)^2 + w(r)^2 - 1.5 w(m) w(r))``, w the router's mass as a share of the demand's: what
+    is lost, and beside it the weight that leaves and the weight that comes in. A stand-in as good
+    as the router's own choice is therefore not free, and the tail of the demand is cheap. Each swap
+    is priced by itself, so that the last one of every token costs the same: many small changes
+    harm less than one large one.
 
     Attributes:
         budget: Largest price of one swap. 0 allows none; 1 or more never binds. Finite, ``>= 0``.
@@ -133,13 +120,13 @@ class QualityBudget:
     rule = Rule.OUTPUT
 
     def __post_init__(self) -> None:
-        _check_strength("budget", self.budget)
+        check_strength("budget", self.budget)
         if not isinstance(self.layer_scale, (tuple, list)):
             raise TypeError(f"layer_scale must be a tuple of numbers, got {self.layer_scale!r}")
         for factor in self.layer_scale:
-            _check_strength("layer_scale", factor)
+            check_strength("layer_scale", factor)
         object.__setattr__(self, "layer_scale", tuple(map(float, self.layer_scale)))
-        _check_protect(self.protect)
+        check_count("protect", self.protect)
 
     @property
     def strength(self) -> float:
@@ -161,4 +148,6 @@ def layer_strengths(policy: "Policy", num_layers: int) -> list[float]:
     return [min(policy.strength * factor, FLOAT32_MAX) for factor in scale_L]
 
 
-Policy = Exact | CacheBonus | MassBudget | QualityBudget
+Policy = (
+    Exact | CacheBonus | MassBudget | QualityBudget | QualityTarget | HitRateTarget | AdaptiveBonus
+)

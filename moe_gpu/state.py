@@ -11,7 +11,8 @@ class RouterState(nn.Module):
     """Per-layer router state of one model, at fixed addresses for life.
 
     The route kernel writes affinity, activations, counters and step records; ``slot_of_LE``
-    belongs to the offloader (or to :meth:`MoEGate.set_resident`), ``strength_L`` to the policy.
+    belongs to the offloader (or to :meth:`MoEGate.set_resident`), ``strength_L`` and ``control_LP``
+    to the policy; with an adaptive one the kernel writes ``strength_L`` too.
     Not part of any ``state_dict``; ``.to(device)`` moves it and never changes a dtype. One
     stream at a time may route with it.
 
@@ -22,6 +23,10 @@ class RouterState(nn.Module):
         activations_LE: int64, tokens that executed each expert.
         counters_LC: int64.
         record_LR: int32, the step record of the last call.
+        control_LP: float32, the controller's parameters; what is written here counts from the next
+            call on, also in a captured CUDA graph.
+        control_state_LS: float32, the controller's averages and level.
+        meters_LM: int64, quality meters (``meters=True``).
 
     Args:
         num_layers: MoE layers L, ``>= 1``.
@@ -45,6 +50,9 @@ class RouterState(nn.Module):
             ("activations_LE", (L, E), torch.int64, 0),
             ("counters_LC", (L, layout.NUM_COUNTERS), torch.int64, 0),
             ("record_LR", (L, layout.record_width(E)), torch.int32, 0),
+            ("control_LP", (L, layout.NUM_CONTROLS), torch.float32, 0),
+            ("control_state_LS", (L, layout.NUM_CONTROL_STATE), torch.float32, 0),
+            ("meters_LM", (L, layout.NUM_METERS), torch.int64, 0),
             ("scratch", (layout.scratch_words(E, 4096),), torch.int32, 0),
         ):
             tensor = torch.full(shape, value, dtype=dtype, device=device)
@@ -65,9 +73,24 @@ class RouterState(nn.Module):
             self.scratch = self.scratch.new_zeros(words)
 
     def reset(self) -> None:
-        """Forget history and counts; residency and strength stay."""
-        for tensor in (self.affinity_LE, self.activations_LE, self.counters_LC):
+        """Forget history and counts. Residency stays, and strength, unless a controller sets it."""
+        for tensor in (self.affinity_LE, self.activations_LE, self.counters_LC, self.meters_LM):
             tensor.zero_()
+        self.restart_control()
+
+    def restart_control(self, layer: int | None = None) -> None:
+        """Let the controller begin again: cold, at its start strength, without averages.
+
+        Args:
+            layer: Of this layer only; None: of all.
+        """
+        rows = slice(None) if layer is None else slice(layer, layer + 1)
+        self.control_state_LS[rows] = 0
+        control_LP, strength_L = self.control_LP[rows], self.strength_L[rows]
+        is_warm_L = control_LP[:, layout.WARM_TOKENS] <= 0
+        start_L = torch.where(is_warm_L, control_LP[:, layout.START], 0.0)
+        is_on_L = control_LP[:, layout.MODE] != layout.MODE_OFF
+        self.strength_L[rows] = torch.where(is_on_L, start_L, strength_L)
 
     def _apply(self, fn, recurse=True):
         # .half() and .to(dtype) must not reach counters or affinity: follow the device only

@@ -53,8 +53,9 @@ SOURCES = [
     *(ROOT / "profiling" / name for name in ("quality_baselines.py", "quality_texts.py")),
 ]
 
+# where fewer strengths are measured, it is every other one
 COARSE = {  # few experts, top-2
-    "quality": (0.02, 0.04, 0.07, 0.1, 0.14, 0.18, 0.24, 0.32, 0.42),
+    "quality": (0.02, 0.04, 0.07, 0.1, 0.14, 0.18, 0.24, 0.32, 0.42, 0.05),  # last: the default
     "mass": (0.005, 0.015, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.45),
     "range": (0.02, 0.04, 0.07, 0.11, 0.16, 0.22, 0.3, 0.4, 0.55),
     "bonus": (0.05, 0.15, 0.3, 0.5, 0.8, 1.2, 1.8),
@@ -124,6 +125,11 @@ def key_of(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def file_of(version: tuple, text: str, entry: Entry) -> str:
+    """Return the name of the file that holds one result."""
+    return f"{key_of(version, text, entry.job)}.safetensors"
+
+
 def digest_of(folder: Path) -> str:
     """Return a digest of a model and its text."""
     names = ("model.safetensors", "held_out.safetensors")
@@ -190,24 +196,7 @@ def run(folder: Path, store: Path, quick: bool, main_only: bool = False) -> None
         )
     ]
     bar = tqdm(total=sum(len(entries) for *_, entries in plan), unit="setting", desc=folder.name)
-    wanted = {}
-    for text, slots, entries in plan:
-        paths = {
-            entry: home / f"{key_of(version, text, entry.job)}.safetensors" for entry in entries
-        }
-        wanted |= {path.name: text for path in paths.values()}
-        todo = [entry for entry in entries if not paths[entry].exists()]
-        bar.update(len(entries) - len(todo))
-        if not todo:
-            continue
-        segments = quality_texts.SEGMENTS if text == "switching domains" else 1
-        evaluation = Evaluation(model, texts[text](), segments)
-        by_job = {entry.job: entry for entry in todo}
-        bar.set_postfix_str(f"{text}, {slots} of {E}")
-        for job, outcome in evaluation.run(list(by_job)):
-            save(paths[by_job[job]], outcome, by_job[job])
-            bar.update()
-    bar.close()
+    wanted = {file_of(version, text, entry): text for text, _, entries in plan for entry in entries}
     config = model.config
     index = {
         "model": folder.name,
@@ -220,9 +209,24 @@ def run(folder: Path, store: Path, quick: bool, main_only: bool = False) -> None
         "commit": git_commit(),
         "texts": wanted,
     }
+    # first of all: a report of what is there can be made at any time
     partial = home / "index.partial"
     partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     partial.replace(home / "index.json")
+    for text, slots, entries in plan:
+        paths = {entry: home / file_of(version, text, entry) for entry in entries}
+        todo = [entry for entry in entries if not paths[entry].exists()]
+        bar.update(len(entries) - len(todo))
+        if not todo:
+            continue
+        segments = quality_texts.SEGMENTS if text == "switching domains" else 1
+        evaluation = Evaluation(model, texts[text](), segments)
+        by_job = {entry.job: entry for entry in todo}
+        bar.set_postfix_str(f"{text}, {slots} of {E}")
+        for job, outcome in evaluation.run(list(by_job)):
+            save(paths[by_job[job]], outcome, by_job[job])
+            bar.update()
+    bar.close()
 
 
 def calibrated(model, folder, home, version, quick) -> tuple[float, ...]:
@@ -247,7 +251,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--store", type=Path, default=STORE, help="where single results are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where tables and plots go")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # options may stand between command and models
     models = args.models or SHIPPED
     for folder in models:
         if not re.fullmatch(r"\w+", folder.name) or not (folder / "config.json").exists():

@@ -52,18 +52,32 @@ class Kind:
         self.curves = [defaultdict(list) for _ in homes]  # (text, slots, family) -> points
         for curves, home, index in zip(self.curves, homes, self.indices, strict=True):
             for file, text in index["texts"].items():
+                if not (home / file).exists():  # not evaluated yet
+                    continue
                 described, outcome = load(home / file)
                 key = text, int(described["slots"]), described["family"]
                 curves[key].append((float(described["strength"]), described, outcome))
             for points in curves.values():
                 points.sort(key=lambda point: (point[0], point[1]["cache"]))
         self.curves = [dict(curves) for curves in self.curves]
+        for key in self.keys():
+            self._keep_common(key)
         self._drawn: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
         self._index_RN = index_RN
 
     def keys(self) -> list[tuple[str, int, str]]:
         """Return what has been evaluated for some seed."""
         return list(dict.fromkeys(key for curves in self.curves for key in curves))
+
+    def _keep_common(self, key: tuple[str, int, str]) -> None:
+        """Drop the points of a curve that some of the seeds that have the curve lack."""
+        setting = lambda point: (point[0], point[1]["cache"])  # noqa: E731
+        curves = [curves for curves in self.curves if key in curves]
+        common = set.intersection(*({setting(point) for point in c[key]} for c in curves))
+        for c in curves:
+            c[key] = [point for point in c[key] if setting(point) in common]
+            if not c[key]:
+                del c[key]
 
     def seeds(self, *keys: tuple[str, int, str]) -> list[int]:
         """Return the seeds for which all of this has been evaluated."""

@@ -1,7 +1,7 @@
 """Compile route-kernel variants to machine code on a machine without a GPU, in this process.
 
 Run as a script with TRITON_INTERPRET unset: ``python tests/aot.py TARGET INDEX [INDEX ...]``
-compiles those entries of :data:`VARIANTS` and prints one JSON line each: registers, spills.
+compiles those entries of :data:`ALL` and prints one JSON line each: registers, spills.
 """
 
 import json
@@ -42,6 +42,8 @@ class Variant:
     num_valid: bool = False
     ids: str = "i64"
     weights: str = "fp32"
+    control: bool = False
+    meters: bool = False
 
 
 ROUTERS = [(8, 2), (16, 2), (60, 4), (64, 6), (64, 8), (128, 8), (160, 6), (256, 8), (512, 10)]
@@ -87,12 +89,29 @@ VARIANTS = [
 ]
 
 
+# compiled for one target only: they add to the variants above, and a few stand for all
+MEASURED = [
+    Variant(8, 2, 1, control=True),
+    Variant(8, 2, 1, meters=True),
+    *[
+        Variant(E, K, T, control=True, meters=True)
+        for E, K in [(8, 2), (60, 4), (64, 8), (128, 8), (512, 10)]
+        for T in [1, 64]
+    ],
+    Variant(8, 2, 1, rule=BONUS, protect=0, control=True),
+    Variant(8, 2, 64, rule=MASS, control=True, meters=True, num_valid=True),
+    Variant(64, 6, 64, control=True, meters=True, renormalize=False),
+]
+
+ALL = [*VARIANTS, *MEASURED]
+
+
 def sample() -> list[tuple[str, int]]:
     """About 40 (target, variant index) pairs: a fixed draw of variants, targets in turn."""
     targets = list(TARGETS)
     light = [i for i, v in enumerate(VARIANTS) if v.E * v.K < 8192 and (v.E, v.K) != (8, 8)]
     pairs = [
-        (targets[n % len(targets)], i) for n, i in enumerate(random.Random(0).sample(light, 39))
+        (targets[n % len(targets)], i) for n, i in enumerate(random.Random(1).sample(light, 39))
     ]
     return [*pairs, ("sm_90", VARIANTS.index(Variant(1024, 16, 1, dtype="fp32")))]
 
@@ -116,6 +135,9 @@ def compile_variant(variant: Variant, target: str) -> dict:
     constants = {
         "E": v.E, "K": v.K, "J": min(v.protect, v.K), "RULE": v.rule,
         "RENORMALIZE": v.renormalize, "AFFINITY_FROM": v.affinity_from,
+        "CONTROL": v.control, "METERS": v.meters,
+        **({} if v.control else {"control_ptr": None, "control_state_ptr": None}),
+        **({} if v.meters else {"meters_ptr": None}),
         "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "ONE_TILE": v.T <= BLOCK_T,
         "stride_le": 1, **({} if v.num_valid else {"num_valid_ptr": None}),
         # as the launcher specialises contiguous tensors: 1 is a constant
@@ -128,6 +150,7 @@ def compile_variant(variant: Variant, target: str) -> dict:
         "weights_ptr": f"*{v.weights}", "stride_wt": "i32", "ids_ptr": f"*{v.ids}",
         "stride_it": "i32", "affinity_ptr": "*fp32", "activations_ptr": "*i64",
         "counters_ptr": "*i64", "record_ptr": "*i32", "scratch_ptr": "*i32",
+        "control_ptr": "*fp32", "control_state_ptr": "*fp32", "meters_ptr": "*i64",
         "T": "i32", "layer": "i32", "window": "i32",
         "decay": "fp32", "boost": "fp32", "max_score": "fp32",
     }  # fmt: skip
@@ -180,6 +203,6 @@ def _amd_usage(binary) -> dict:
 if __name__ == "__main__":
     for index in map(int, sys.argv[2:]):
         print(
-            json.dumps({"index": index, **compile_variant(VARIANTS[index], sys.argv[1])}),
+            json.dumps({"index": index, **compile_variant(ALL[index], sys.argv[1])}),
             flush=True,
         )

@@ -32,7 +32,7 @@ def test_json_and_options(trace, capsys):
     assert main(["replay", trace, *asked]) == 0
     content = json.loads(capsys.readouterr().out)
     rows = content["replayed"]
-    assert {row["slots"] for row in rows} == {3, 5} and len(rows) == 2 * (2 * 2 + 1)
+    assert {row["slots"] for row in rows} == {3, 5} and len(rows) == 2 * (1 + 2 + 1)
     assert {row["eviction"] for row in rows if not row["is_approximate"]} == {"lru", "belady"}
     for row in rows:
         assert row["mb_per_token"] == pytest.approx(row["loads_per_token"])
@@ -54,6 +54,7 @@ def test_pool_and_plot(trace, tmp_path, capsys):
         (["TRACE", "--slots", "1"], "slots must lie in [2, 8], got 1"),
         (["TRACE", "--eviction", "luck"], "invalid choice: 'luck'"),
         (["TRACE", "--quality", "-1"], "budget must be finite and >= 0"),
+        (["TRACE", "--decay", "2"], "decay must lie in [0, 1]"),
         (["TRACE", "--pool", "--quality", "0.1"], "not with a pool"),
         (["TRACE", "--plot", "none/replay.png"], "there is no such folder"),
     ],

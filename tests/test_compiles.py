@@ -30,9 +30,7 @@ def compile_in_child(target, indices):
 
 def check(target, indices):
     spilled = {
-        str(aot.VARIANTS[row["index"]]): row
-        for row in compile_in_child(target, indices)
-        if row["spill"]
+        str(aot.ALL[row["index"]]): row for row in compile_in_child(target, indices) if row["spill"]
     }
     assert not spilled, f"{target} keeps registers in memory"
 
@@ -40,6 +38,11 @@ def check(target, indices):
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_sample_compiles_without_spills(target):
     check(target, [i for t, i in aot.sample() if t == target])
+
+
+def test_controller_and_meters_compile_without_spills():
+    first = len(aot.VARIANTS)
+    check("sm_90", range(first, first + len(aot.MEASURED)))
 
 
 @pytest.mark.slow
@@ -54,7 +57,7 @@ def test_the_sample_is_what_the_issue_asks():
     assert {target for target, _ in pairs} == set(aot.TARGETS)
     seen = [aot.VARIANTS[i] for _, i in pairs]
     for values in (
-        {v.rule for v in seen} ^ {aot.EXACT, aot.BONUS, aot.RANGE_BONUS, aot.MASS},
+        {v.rule for v in seen} ^ {aot.EXACT, aot.BONUS, aot.RANGE_BONUS, aot.MASS, aot.OUTPUT},
         {v.dtype for v in seen} ^ {"fp32", "fp16", "bf16"},
         {v.T for v in seen} ^ set(aot.SIZES),
     ):

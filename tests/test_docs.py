@@ -95,3 +95,15 @@ def test_the_links_lead_somewhere():
 def test_lines_are_as_long_as_elsewhere():
     prose = [line for line in TEXT.splitlines() if not line.startswith("|")]
     assert max(map(len, prose)) <= 100
+
+
+def test_the_quality_page():
+    """Its commands are the README's, which run; what it names exists."""
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert all(command in readme for command in block.splitlines())
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (ROOT / "docs" / link).resolve().is_file(), link
+    known = inspect.signature(moe_gpu.attach).parameters
+    assert set(re.findall(r"`(?:attach\(\.\.\., )?(\w+)=", page)) <= set(known)

@@ -48,6 +48,11 @@ COUNTED = {
     "verified": "verified_checksums",
     "pager_restarts": "pager_restarts",
 }
+MEASURED = {
+    "moved_mass_p99": "moved_mass_p99",
+    "l1_change": "l1_change",
+    "routing_kl": "routing_kl_nats",
+}
 OF_A_LAYER = ["pairs", "hits", "misses", "unique_misses", "loads", "bytes_loaded", "evictions"]
 
 
@@ -64,6 +69,8 @@ class Stub:
 
 def layer(i, **more):
     numbers = {name: 1000 * (i + 1) + n for n, name in enumerate(OF_A_LAYER)}
+    measured = {name: (i + n + 1) / 64 for n, name in enumerate(MEASURED)}
+    numbers |= measured | {"swaps_by_rank": (600 + i, 610 + i)}
     return LayerMetrics(
         **{"layer": i, "resident": 3 + i, "stall_ms": 12.5 * (i + 1)} | numbers | more
     )
@@ -85,7 +92,9 @@ def full():
         "route_path": "triton",
     }
     times = {"stall_ms": 250.5, "route_us_mean": 5.5, "route_us_p50": 5.0, "route_us_p99": 9.0}
-    return Metrics(**numbers | tiers | states | times, layers=(layer(0), layer(1)))
+    measured = {"moved_mass_p99": 0.25, "l1_change": 0.03125, "routing_kl": 0.0625}
+    measured["swaps_by_rank"] = (501, 502, 503)
+    return Metrics(**numbers | tiers | states | times | measured, layers=(layer(0), layer(1)))
 
 
 def samples(text):
@@ -125,8 +134,17 @@ def test_exposition_has_every_number_and_no_other():
         ("home_bytes", "home_bytes"),
     ):
         want |= {key(name, model="a", tier=t): n for t, n in getattr(m, field).items()}
+    want |= {key(name, model="a"): getattr(m, f) for f, name in MEASURED.items()}
+    want |= {
+        key("rank_swaps_total", model="a", rank=str(k)): n for k, n in enumerate(m.swaps_by_rank)
+    }
     for x in m.layers:
         of = {"model": "a", "layer": str(x.layer)}
+        want |= {key(f"layer_{name}", **of): getattr(x, f) for f, name in MEASURED.items()}
+        want |= {
+            key("layer_rank_swaps_total", **of, rank=str(k)): n
+            for k, n in enumerate(x.swaps_by_rank)
+        }
         want |= {key(f"layer_{COUNTED[f]}_total", **of): getattr(x, f) for f in OF_A_LAYER}
         want[key("layer_stall_seconds_total", **of)] = x.stall_ms / 1e3
         want[key("layer_hit_rate", **of)] = x.hits / x.pairs
@@ -139,9 +157,11 @@ def test_the_full_example_is_full():
     m = full()
     assert [f.name for f in fields(m) if getattr(m, f.name) == f.default] == []
     assert {f.name for f in fields(m)} - STATES - COUNTED.keys() == {
-        "loads_by_tier", "bytes_by_tier", "stall_ms", "layers",
+        "loads_by_tier", "bytes_by_tier", "stall_ms", "swaps_by_rank", "layers",
     }  # fmt: skip
-    assert {f.name for f in fields(LayerMetrics)} == {"layer", "resident", "stall_ms", *OF_A_LAYER}
+    assert {f.name for f in fields(LayerMetrics)} == {
+        "layer", "resident", "stall_ms", "swaps_by_rank", *MEASURED, *OF_A_LAYER,
+    }  # fmt: skip
 
 
 def test_what_was_not_measured_has_no_sample():
@@ -222,10 +242,13 @@ def test_tensorboard_scalars_read_back(tmp_path):
     for name, value in m.as_dict().items():
         if isinstance(value, dict):
             want |= {f"moe_gpu/{name}/{tier}": number for tier, number in value.items()}
+        elif name == "swaps_by_rank":
+            want |= {f"moe_gpu/{name}/{rank}": number for rank, number in enumerate(value)}
         elif name not in ("layers", "route_path"):
             want[f"moe_gpu/{name}"] = value
     for x in m.as_dict()["layers"]:
         place = f"moe_gpu/layer_{x.pop('layer')}"
+        want |= {f"{place}/swaps_by_rank/{k}": n for k, n in enumerate(x.pop("swaps_by_rank"))}
         want |= {f"{place}/{name}": value for name, value in x.items()}
     found = scalars(tmp_path)
     assert {tag: value for tag, ((_, value), _) in found.items()} == pytest.approx(want)

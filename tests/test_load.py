@@ -154,6 +154,8 @@ OPTIONS = [
     option("affinity_from", "executed", lambda moe: moe.gates[1].affinity_from),
     option("max_policy_tokens", 7, lambda moe: moe.gates[1].max_policy_tokens),
     option("verify", True, lambda moe: moe.offloader.verify),
+    option("audit", 0.5, lambda moe: moe.audit().rate),
+    option("meters", True, lambda moe: moe.metrics().l1_change is not None),
     option("timers", True, lambda moe: moe.metrics().route_us_mean is not None),
     option("timeout_s", 5.0, lambda moe: moe.offloader._pager.timeout_s),
     option("link_gbps", 9.0, lambda moe: type(moe.offloader._transfer), SimulatedLink),

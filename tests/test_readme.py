@@ -109,53 +109,76 @@ def test_numbers_are_the_measured_ones():
 
 @pytest.fixture
 def table(tmp_path):
-    """A README of our own, and a function that runs the script on it."""
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
+    """A README and a page of our own, and a function that runs the script on them."""
+    readme, page = tmp_path / "README.md", tmp_path / "quality.md"
+    for path in (readme, page):
+        path.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
     results = tmp_path / "results"
     results.mkdir()
 
     def run(*arguments):
-        command = [sys.executable, TABLE, "--readme", readme, "--results", results, *arguments]
+        where = ["--readme", readme, "--page", page, "--results", results]
+        command = [sys.executable, TABLE, *where, *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
-    run.readme, run.results = readme, results / "quality_tiny.json"
+    run.readme, run.page, run.results = readme, page, results / "quality.json"
     return run
 
 
 def test_table_without_results_says_not_measured(table):
     assert table("--check").returncode == 1 and "old" in table.readme.read_text()
     assert table().returncode == 0
-    assert "not measured" in table.readme.read_text()
-    assert table.readme.read_text().startswith("a\n") and table.readme.read_text().endswith("\nb\n")
+    for path in (table.readme, table.page):
+        text = path.read_text()
+        assert "not measured" in text and text.startswith("a\n") and text.endswith("\nb\n")
     assert table("--check").returncode == 0
 
 
+def bounds(value, **more):
+    return {"value": value, "low": value - 0.02, "high": value + 0.03} | more
+
+
+HEADLINE = {
+    "kind": "8 experts, top-2", "text": "held out", "slots": 4, "resident": "4 of 8",
+    "lru_loads_per_token": 2.136, "default_eviction_cut": bounds(0.16),
+    "cut": {
+        "mass budget": {"0.5": bounds(0.71, is_bound=True)},
+        "quality budget": {"0.5": bounds(0.75, is_bound=False)},
+    },
+    "kl_ratio": {"mass budget": {"0.5": bounds(0.42), "0.9": None}},
+}  # fmt: skip
+
+
 def test_table_holds_the_results(table):
-    exact = {
-        "policy": "exact", "resident": "4 of 8", "hit_rate": 0.612, "loads_per_token": 2.5,
-        "mb_per_token": 0.75, "perplexity": 12.3456, "perplexity_change_percent": 0,
-        "ci_low": None, "ci_high": None,
-    }  # fmt: skip
-    mass = exact | {
-        "policy": "mass 0.05", "perplexity_change_percent": 0.123, "ci_low": -0.01, "ci_high": 0.26,
-        "loads_per_token": None,
+    default = {
+        "kind": "8 experts, top-2", "text": "held out", "resident": "4 of 8",
+        "family": "quality budget", "strength": 0.05, "hit_rate": 0.8512, "loads_per_token": 1.1999,
+        "perplexity_change_percent": bounds(0.051),
     }  # fmt: skip
     content = {
         "conditions": {"torch": "2.13.0", "domains": ["code", "prose"]},
-        "rows": [exact, mass],
+        "headline": [HEADLINE, HEADLINE | {"text": "switching domains", "resident": "5 of 8"}],
+        "rows": [default, default | {"strength": 0.06, "hit_rate": 0.9}],
     }
     table.results.write_text(json.dumps(content))
     assert table().returncode == 0
     text = table.readme.read_text()
-    assert "| exact | 4 of 8 | 61.2% | 2.50 | 0.750 | 12.346 | the reference |" in text
-    assert "| mass 0.05 | 4 of 8 | 61.2% | not measured |" in text
-    assert "+0.12 % (-0.01 to +0.26) |" in text
+    cells = (
+        "not measured | not measured | at least 71 % (69 to 74) | 75 % (73 to 78) | not measured |"
+    )
+    assert f"| 8 experts, top-2 | 4 of 8 | 2.14 | 16 % (14 to 19) | {cells}" in text
+    assert "5 of 8" not in text
+    assert "85.1% hits, 1.20 loads a token, +0.05 % perplexity (+0.03 to +0.08)." in text
     assert "torch 2.13.0; domains code, prose." in text
+    page = table.page.read_text()
+    assert "| model | against | 50% saved | 90% saved |" in page
+    assert "| 8 experts, top-2 | mass budget | 0.42 (0.40 to 0.45) |  |" in page
+    table.page.write_text(page.replace("0.42", "0.41"))
+    assert table("--check").returncode == 1
 
 
 def test_table_says_what_eviction_is_worth(table):
-    table.results.write_text(json.dumps({"conditions": {}, "rows": []}))
+    table.results.write_text(json.dumps({"conditions": {}, "headline": [], "rows": []}))
     default = {"title": "affinity 0.9/0.1, bypass"}
     rates = {default["title"]: [0.5, 0.7], "LRU": [0.4, 0.6], "Belady, bypass": [0.7, 0.8]}
     content = {

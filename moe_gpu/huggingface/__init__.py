@@ -2,7 +2,8 @@
 
 from .attach import attach
 from .attached import AttachedMoE
+from .audit import Audit
 from .load import load
 from .plan import MemoryPlan, plan_memory
 
-__all__ = ["AttachedMoE", "MemoryPlan", "attach", "load", "plan_memory"]
+__all__ = ["AttachedMoE", "Audit", "MemoryPlan", "attach", "load", "plan_memory"]

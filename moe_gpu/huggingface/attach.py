@@ -53,6 +53,8 @@ def attach(
     max_policy_tokens: int = 64,
     verify: bool = False,
     timers: bool = False,
+    meters: bool = False,
+    audit: float | None = None,
     timeout_s: float = 60.0,
     link_gbps: float | None = None,
     **unknown,
@@ -100,6 +102,10 @@ def attach(
         max_policy_tokens: Calls with more tokens route exactly, and count as prefill.
         verify: Compare the checksum of an expert's weights with the stored one at every use. Slow.
         timers: Measure route latency and, on CUDA, stalls.
+        meters: Measure on the device what swaps change (:class:`~moe_gpu.metrics.Metrics`).
+        audit: Share of the swaps, in (0, 1], such as 0.01, on which the expert that was wanted is
+            later compared with the one that was used (:meth:`AttachedMoE.audit`). Default, and 0:
+            off. Keeps up to 64 swaps per layer, two vectors of the model's width each.
         timeout_s: Bound of every wait for a copy, in seconds.
         link_gbps: On the CPU, simulate a link of so many 10^9 bytes per second.
         **unknown: Refused, with what was probably meant.

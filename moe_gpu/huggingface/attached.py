@@ -4,20 +4,23 @@ import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..adaptive import Control, control_reports
 from ..export import status_line
 from ..gate import MoEGate
 from ..latency import summarize_us
-from ..metrics import CounterMirror, Metrics, routing_counts
+from ..metrics import CounterMirror, Metrics, meter_figures, routing_counts
 from ..offload import ExpertOffloader
 from ..offload.residency import Residency
 from ..offload.tiers import Tier, available_memory
 from ..policies import Policy
 from ..waiting import wait_event
+from .audit import Audit, Auditor
 from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
 from .families import MoEBlock
 from .options import Options, SlotChoice
@@ -59,6 +62,8 @@ class AttachedMoE(NotCopyable):
         self._hooks = []
         self._held = threading.local()  # .locks: one per forward under way on the thread
         self._counters = CounterMirror(self.state.counters_LC)
+        self._meters = CounterMirror(self.state.meters_LM) if gates[0].meters else None
+        self._auditor: Auditor | None = None
         self._attached = self._closed = False
 
     def _attach(self, choice: SlotChoice, options: Options, residency: Residency | None) -> None:
@@ -89,12 +94,17 @@ class AttachedMoE(NotCopyable):
                 self.offloader.fill()
             else:
                 residency.restore(self.offloader)
+            audits = [None] * len(self.gates)
+            if options.audit:
+                self._auditor = Auditor(options.audit, self.gates, options.timeout_s)
+                audits = self._auditor.layers
             self._weights.show_slots(self.offloader.views_L)
             self._move_to(self.state.slot_of_LE.device)
             for layer, (block, gate) in enumerate(zip(self._blocks, self.gates, strict=True)):
                 router, experts = block.router, block.experts
                 following = self._blocks[layer + 1] if layer + 1 < len(self._blocks) else None
-                here = ExpertsLayer(self.offloader, layer, options.max_policy_tokens)
+                most = options.max_policy_tokens
+                here = ExpertsLayer(self.offloader, layer, most, audits[layer])
                 views = self.offloader.views_L[layer]
                 routed = RoutedForward(block, gate, here, views, following)
                 self._own_forwards.append((router, router.__dict__.get("forward")))
@@ -163,6 +173,8 @@ class AttachedMoE(NotCopyable):
             self.offloader.close()
         for layer in self._layers:  # this handle may live on: it must not keep the memory
             layer.weights_S = []
+        if self._auditor is not None:
+            self._auditor.close()
 
     def _let_go(self) -> None:
         for router, own in self._own_forwards:
@@ -286,8 +298,16 @@ class AttachedMoE(NotCopyable):
                 the same.
         """
         latencies_us = itertools.chain.from_iterable(gate.latencies_us() for gate in self.gates)
+        figures, measured = vars(self.offloader.metrics()), {}
+        if self._meters is not None:
+            meters_LM, top_k = self._meters.read(wait), self.gates[0].top_k
+            measured = meter_figures(meters_LM, top_k)
+            rows = [meter_figures(row_M[None], top_k) for row_M in meters_LM]
+            layers = [replace(x, **row) for x, row in zip(figures["layers"], rows, strict=True)]
+            figures = figures | {"layers": tuple(layers)}
         return Metrics(
-            **vars(self.offloader.metrics()),
+            **figures,
+            **measured,
             **routing_counts(self._counters.read(wait)),
             **summarize_us(list(latencies_us)),
             route_path=self.gates[0].last_route_path,
@@ -303,6 +323,27 @@ class AttachedMoE(NotCopyable):
             gate.reset_metrics()
         self.offloader.reset_metrics()
         self._counters.reset()
+        if self._meters is not None:
+            self._meters.reset()
+        if self._auditor is not None:
+            with self.offloader.lock:
+                self._auditor.reset()
+
+    def control(self) -> list[Control]:
+        """Return what the controller of each layer is doing under an adaptive policy. Synchronises."""
+        state = self.state
+        return control_reports(state.control_LP, state.control_state_LS, state.strength_L)
+
+    def audit(self) -> Audit:
+        """Return what the audit of swaps has found so far. Synchronises.
+
+        Raises:
+            RuntimeError: Attached without ``audit``.
+        """
+        if self._auditor is None:
+            raise RuntimeError("no swap is audited: attach(..., audit=0.01)")
+        with self.offloader.lock:
+            return self._auditor.report()
 
     def save_residency(self, path: str | Path) -> None:
         """Write who is resident and how hot each expert is, for ``residency=`` of a later start.

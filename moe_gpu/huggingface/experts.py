@@ -10,6 +10,7 @@ attached, and unregistering while another model is attached would break that one
 Shape suffixes: T tokens, K experts per token, N = T * K pairs, D model width.
 """
 
+import functools
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..offload import ExpertOffloader
 from ..ranges import profiler_range
+from .audit import LayerAuditor
 
 NAME = "moe_gpu"
 ATTRIBUTE = "moe_gpu_layer"  # on an attached experts module
@@ -45,13 +47,20 @@ class ExpertsLayer(NotCopyable):
     Attributes:
         weights_S: ``(gate_up_proj, down_proj)`` of each slot that a turn can name, staging slots
             last: made once, since indexing costs at every use.
+        audit: Samples the layer's swaps; None where nothing does.
         routed_by: Thread of the last route call, until its experts have run.
         computing: Thread that runs the experts now.
     """
 
-    def __init__(self, offloader: ExpertOffloader, layer: int, max_policy_tokens: int):
+    def __init__(
+        self,
+        offloader: ExpertOffloader,
+        layer: int,
+        max_policy_tokens: int,
+        audit: LayerAuditor | None = None,
+    ):
         self.offloader, self.layer = offloader, layer
-        self.max_policy_tokens = max_policy_tokens
+        self.max_policy_tokens, self.audit = max_policy_tokens, audit
         self.weights_S = [
             (weights["gate_up_proj"], weights["down_proj"])
             for weights in offloader.weights_of(layer)
@@ -102,6 +111,7 @@ class _ForwardOnly(torch.autograd.Function):
 @torch.compiler.disable  # reads the step record, orders copies on streams: nothing to trace
 def _mix(hidden_states, weights_TK, ids_TK, module, attached):
     (T, D), K, layer = hidden_states.shape, ids_TK.shape[1], attached.layer
+    audit = attached.audit
     if T == 0:
         return torch.empty_like(hidden_states)
     with profiler_range("moe_gpu::experts"), attached.offloader.lock:
@@ -125,8 +135,11 @@ def _mix(hidden_states, weights_TK, ids_TK, module, attached):
             ):
                 gate_up, down = attached.weights_S[slot]
                 x = x_ND if T == 1 else x_ND[start:stop]
-                outputs[expert] = F.linear(module._apply_gate(F.linear(x, gate_up)), down)
+                outputs[expert] = _run_expert(module, gate_up, down, x)
                 computed += stop - start
+                if audit is not None:
+                    run = functools.partial(_run_expert, module, gate_up, down)
+                    audit.compare(expert, run)
         finally:
             attached.computing = None
         if computed != T * K:  # another step of this layer closed ours
@@ -135,7 +148,14 @@ def _mix(hidden_states, weights_TK, ids_TK, module, attached):
         sorted_ND = torch.cat([outputs[expert] for expert in sorted(outputs)])
         pairs_ND = torch.empty_like(sorted_ND).index_copy_(0, order_N, sorted_ND)
         weighted_TKD = pairs_ND.view(T, K, D) * weights_TK.float().unsqueeze(-1)  # float32
-        return weighted_TKD.sum(1).to(hidden_states.dtype)
+        mixed_TD = weighted_TKD.sum(1)
+        if audit is not None:
+            audit.sample(pairs_ND.view(T, K, D), mixed_TD)
+        return mixed_TD.to(hidden_states.dtype)
+
+
+def _run_expert(module, gate_up, down, x_ND):
+    return F.linear(module._apply_gate(F.linear(x_ND, gate_up)), down)
 
 
 @dataclass

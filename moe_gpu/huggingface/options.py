@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedModel
 
+from ..bounds import check_share
 from ..gate import MoEGate
 from ..offload import EvictionPolicy, ExpertLayout
 from ..offload.eviction import DEFAULT, eviction_policy
@@ -80,6 +81,8 @@ class Options:
     max_policy_tokens: int = 64
     verify: bool = False
     timers: bool = False
+    meters: bool = False
+    audit: float | None = None
     timeout_s: float = 60.0
     link_gbps: float | None = None
 
@@ -99,10 +102,12 @@ class Options:
             not isinstance(staging, int) or isinstance(staging, bool) or staging < 0
         ):
             raise ValueError(f"staging_slots must be an int >= 0, got {staging!r}")
-        for name in ("pool", "bypass", "stream_prefill", "verify", "timers"):
+        for name in ("pool", "bypass", "stream_prefill", "verify", "timers", "meters"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "pool" and value is None):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
+        if self.audit is not None:
+            check_share("audit", self.audit)
         if self.link_gbps is not None and not self.link_gbps > 0:
             raise ValueError(f"link_gbps must be > 0, got {self.link_gbps!r}")
         eviction_policy(self.eviction)
@@ -134,6 +139,7 @@ class Options:
             "affinity_from": self.affinity_from,
             "max_policy_tokens": self.max_policy_tokens,
             "timers": self.timers,
+            "meters": self.meters,
         }
 
     @property

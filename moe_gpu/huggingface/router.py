@@ -49,10 +49,12 @@ class RoutedForward(NotCopyable):
             offloader.before_route(self._layer.layer)
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
             logits_TE = self._block.family.logits(router, hidden_TD)
-            routing = tuple(self._gate.route(logits_TE))
+            routing = self._gate.route(logits_TE)
+            if self._layer.audit is not None:
+                self._layer.audit.draw(hidden_TD, routing)
             self._layer.routed_by = threading.get_ident()
             self._predict(hidden_TD)
-            return routing
+            return tuple(routing)
 
     def _predict(self, hidden_TD: torch.Tensor) -> None:
         """Apply the next layer's router to this layer's hidden states."""

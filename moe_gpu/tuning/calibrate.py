@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..huggingface.attached import AttachedMoE
 from ..policies import Exact, QualityBudget
 from .quality import Evaluation, Job
 from .simulate import CacheRule
@@ -39,7 +40,7 @@ class Sensitivity:
 
 
 def layer_sensitivity(
-    model: nn.Module,
+    model: nn.Module | AttachedMoE,
     rows_NT: torch.Tensor,
     slots: int,
     budget: float = 0.1,

@@ -12,6 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from ..adaptive import Adaptive
+from ..gate import MoEGate, Routing
+from ..huggingface.attached import AttachedMoE
 from ..huggingface.experts import ATTRIBUTE
 from ..huggingface.families import MoEBlock, find_blocks
 from ..policies import Exact, Policy, layer_strengths
@@ -91,11 +94,19 @@ class Evaluation:
 
     Each row (or each ``segments`` rows) starts with the first S experts of every layer resident.
 
+    An attached or loaded model is evaluated through its handle, whatever its own slots, policy and
+    eviction: routes are simulated, and its offloader fetches the experts that they name. Affinity,
+    routing counts and policy are put back afterwards (an adaptive one begins again); residency and
+    the counts of the offloader move on.
+
     Attributes:
         num_layers, num_experts, top_k: L, E and K of the model's MoE layers.
+        renormalize: Whether its mixing weights are a softmax over the executed experts.
+        rows_NT: See below, int64.
 
     Args:
-        model: A transformers causal language model of a known family, not attached.
+        model: A transformers causal language model of a known family, or the handle of one that
+            is attached.
         rows_NT: Token ids, ``(N, T + 1)``: tokens 1..T are predicted from those before them.
         segments: Rows that follow one another through the same caches, as requests to one server
             do; attention sees one row at a time.
@@ -104,11 +115,15 @@ class Evaluation:
     Raises:
         TypeError: Token ids that are no integer tensor.
         ValueError: Rows that are too short or do not make whole streams, an unknown family, or an
-            attached model.
+            attached model without its handle.
     """
 
     def __init__(
-        self, model: nn.Module, rows_NT: torch.Tensor, segments: int = 1, batch_rows: int = 256
+        self,
+        model: nn.Module | AttachedMoE,
+        rows_NT: torch.Tensor,
+        segments: int = 1,
+        batch_rows: int = 256,
     ):
         if not isinstance(rows_NT, torch.Tensor) or rows_NT.is_floating_point():
             raise TypeError(f"rows must be a tensor of token ids, got {rows_NT!r}")
@@ -118,13 +133,22 @@ class Evaluation:
             )
         if segments < 1 or len(rows_NT) % segments:
             raise ValueError(f"segments must divide the {len(rows_NT)} rows, got {segments}")
+        self._moe = model if isinstance(model, AttachedMoE) else None
+        model = model if self._moe is None else self._moe.model
         self._blocks = find_blocks(model)
-        if any(ATTRIBUTE in block.experts.__dict__ for block in self._blocks):
-            raise ValueError("model is attached: evaluate it before attach(), or detach() it")
+        is_attached = any(ATTRIBUTE in block.experts.__dict__ for block in self._blocks)
+        if is_attached and self._moe is None:
+            raise ValueError(
+                "model is attached: give the handle that attach() or load() returned, or detach()"
+            )
+        if self._moe is not None and not is_attached:
+            raise ValueError("the handle's model is not attached any more: give the model itself")
         self.num_layers = len(self._blocks)
-        self.num_experts = self._blocks[0].experts.num_experts
+        self.num_experts = self._blocks[0].router.num_experts
         self.top_k = self._blocks[0].router.top_k
-        self._model, self._rows_NT, self._segments = model, rows_NT.long(), segments
+        self.renormalize = self._blocks[0].family.renormalize(self._blocks[0].router)
+        self.rows_NT = rows_NT.long()
+        self._model, self._segments = model, segments
         self._batch_rows = max(segments, batch_rows // segments * segments)
         self._device = next(model.parameters()).device
         self._reference: _Reference | None = None
@@ -134,26 +158,35 @@ class Evaluation:
         """Evaluate settings, in groups that fit side by side; yields each as it is done.
 
         Raises:
+            TypeError: An adaptive policy, whose strength moves with the traffic.
             ValueError: Slots that one token's experts do not fit into, or more than there are.
         """
         for job in jobs:
+            if isinstance(job.policy, Adaptive):
+                raise TypeError(f"policy must have a fixed strength, got {job.policy}")
             if not self.top_k <= job.slots <= self.num_experts:
                 raise ValueError(
                     f"slots must lie in [{self.top_k}, {self.num_experts}], got {job.slots}"
                 )
-        if self._reference is None:
-            self._reference = self._route_exactly()
+        self.router_logits()
         groups: dict[tuple, list[Job]] = {}
         for job in jobs:
             if isinstance(job.policy, Exact):
                 yield job, self._exact(job)
             else:
                 groups.setdefault(_family(job), []).append(job)
-        side_by_side = max(1, self._batch_rows // len(self._rows_NT))
+        side_by_side = max(1, self._batch_rows // len(self.rows_NT))
         for group in groups.values():
             for start in range(0, len(group), side_by_side):
                 part = group[start : start + side_by_side]
                 yield from zip(part, self._evaluate(part), strict=True)
+
+    @torch.no_grad()
+    def router_logits(self) -> list[torch.Tensor]:
+        """Return the router logits of exact routing, ``(N, T, E)`` for each MoE layer."""
+        if self._reference is None:
+            self._reference = self._route_exactly()
+        return self._reference.logits_LNTE
 
     def _route_exactly(self) -> _Reference:
         seen_L: list[list[torch.Tensor]] = [[] for _ in self._blocks]
@@ -169,12 +202,13 @@ class Evaluation:
             for layer, block in enumerate(self._blocks)
         ]
         try:
-            for part_NT in self._rows_NT.split(self._batch_rows):
-                hidden.append(self._hidden(part_NT))
+            with self._gates_exact():
+                for part_NT in self.rows_NT.split(self._batch_rows):
+                    hidden.append(self._hidden(part_NT))
         finally:
             for hook in hooks:
                 hook.remove()
-        N, T = len(self._rows_NT), self._rows_NT.shape[1] - 1
+        N, T = len(self.rows_NT), self.rows_NT.shape[1] - 1
         logits_LNTE = [torch.cat(seen).view(N, T, -1) for seen in seen_L]
         return _Reference(torch.cat(hidden), logits_LNTE)
 
@@ -184,7 +218,7 @@ class Evaluation:
 
     def _exact(self, job: Job) -> Outcome:
         """Step the caches through the recorded logits: the model's output is the reference."""
-        N, T = len(self._rows_NT), self._rows_NT.shape[1] - 1
+        N, T = len(self.rows_NT), self.rows_NT.shape[1] - 1
         tally = _Tally(N, T, self._segments)
         for block, logits_NTE in zip(self._blocks, self._reference.logits_LNTE, strict=True):
             self._route_layer(block, logits_NTE, job, chooser(job.policy, self.top_k, 0.0), tally)
@@ -194,12 +228,12 @@ class Evaluation:
 
     def _evaluate(self, jobs: list[Job]) -> list[Outcome]:
         """Evaluate settings of one family."""
-        N, T = len(self._rows_NT), self._rows_NT.shape[1] - 1
+        N, T = len(self.rows_NT), self.rows_NT.shape[1] - 1
         per_pass = max(self._segments, self._batch_rows // len(jobs))
         per_pass -= per_pass % self._segments
         parts: list[list[Outcome]] = [[] for _ in jobs]
         for start in range(0, N, per_pass):
-            rows_NT = self._rows_NT[start : start + per_pass]
+            rows_NT = self.rows_NT[start : start + per_pass]
             n = len(rows_NT)
             tally = _Tally(n * len(jobs), T, self._segments)
             with self._simulated(jobs, n, tally):
@@ -212,7 +246,7 @@ class Evaluation:
 
     @property
     def _pairs(self) -> int:
-        return (self._rows_NT.shape[1] - 1) * self.top_k * self.num_layers
+        return (self.rows_NT.shape[1] - 1) * self.top_k * self.num_layers
 
     def _compare(self, hidden_BTD, start, n, num_jobs):
         """Return nll, KL and agreement, each ``(jobs, n)``: all logits at once would be large."""
@@ -236,7 +270,7 @@ class Evaluation:
         return self._head(self._reference.hidden_NTD[n])
 
     def _nll(self, n: int, log_TV: torch.Tensor) -> torch.Tensor:
-        target_T = self._rows_NT[n, 1:].to(log_TV.device)
+        target_T = self.rows_NT[n, 1:].to(log_TV.device)
         return -log_TV.gather(1, target_T[:, None]).double().sum().cpu()
 
     @contextmanager
@@ -245,27 +279,57 @@ class Evaluation:
         strengths_JL = [self._strengths(job) for job in jobs]
         caches_rows = rows // self._segments
 
-        def forward_of(layer: int, block: MoEBlock):
+        def route_of(layer: int, block: MoEBlock):
             strength_J = torch.tensor([strengths[layer] for strengths in strengths_JL])
             strength_B1 = strength_J.repeat_interleave(caches_rows)[:, None].to(self._device)
 
-            def forward(hidden_states, *_, **__):
-                hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-                logits_TE = block.family.logits(block.router, hidden_TD)
+            def route(logits_TE):
                 logits_BTE = logits_TE.view(rows * len(jobs), -1, logits_TE.shape[-1])
                 choose = _chooser(jobs[0], self.top_k, strength_B1)
                 steps = self._route_layer(block, logits_BTE, jobs[0], choose, tally)
-                return logits_TE, steps.weights_BTK.flatten(0, 1), steps.ids_BTK.flatten(0, 1)
+                return Routing(
+                    logits_TE, steps.weights_BTK.flatten(0, 1), steps.ids_BTK.flatten(0, 1)
+                )
 
-            return forward
+            return route
 
-        for layer, block in enumerate(self._blocks):
-            block.router.forward = forward_of(layer, block)
+        routes = [route_of(layer, block) for layer, block in enumerate(self._blocks)]
+        if self._moe is not None:
+            with self._gates_exact(), _routed_by(self._moe.gates, routes):
+                yield
+            return
+        for block, route in zip(self._blocks, routes, strict=True):
+            block.router.forward = _forward_of(block, route)
         try:
             yield
         finally:
             for block in self._blocks:
                 del block.router.forward
+
+    @contextmanager
+    def _gates_exact(self):
+        """Let the gates of an attached model route exactly; then put back what they keep."""
+        if self._moe is None:
+            yield
+            return
+        state, gates = self._moe.state, self._moe.gates
+        with self._moe.offloader.lock:
+            policies = [gate.policy for gate in gates]
+            kept = [
+                (tensor, tensor.clone())
+                for tensor in (
+                    state.affinity_LE, state.activations_LE, state.counters_LC, state.meters_LM
+                )
+            ]  # fmt: skip
+            for gate in gates:
+                gate.policy = Exact()
+            try:
+                yield
+            finally:
+                for gate, policy in zip(gates, policies, strict=True):
+                    gate.policy = policy
+                for tensor, before in kept:
+                    tensor.copy_(before)
 
     def _strengths(self, job: Job) -> list[float]:
         if isinstance(job.policy, Policy):
@@ -285,6 +349,38 @@ class Evaluation:
         )
         tally.add(steps)
         return steps
+
+
+def _forward_of(block: MoEBlock, route):
+    def forward(hidden_states, *_, **__):
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return tuple(route(block.family.logits(block.router, hidden_TD)))
+
+    return forward
+
+
+@contextmanager
+def _routed_by(gates: list[MoEGate], routes: list):
+    """Route the layers of an attached model otherwise; the gates still tell the offloader."""
+
+    def forced(gate: MoEGate, route):
+        def route_and_tell(logits_TE, **_):
+            routing = route(logits_TE)
+            order_TK = torch.arange(gate.top_k, 0, -1, device=logits_TE.device).float()
+            only_TE = torch.full_like(logits_TE, -torch.inf, dtype=torch.float32)
+            only_TE.scatter_(1, routing.ids, order_TK.expand_as(routing.weights))
+            MoEGate.route(gate, only_TE)
+            return routing
+
+        return route_and_tell
+
+    for gate, route in zip(gates, routes, strict=True):
+        gate.route = forced(gate, route)
+    try:
+        yield
+    finally:
+        for gate in gates:
+            del gate.route
 
 
 class _Tally:

@@ -1,17 +1,21 @@
 """Hit rates of a routing trace over cache sizes and eviction policies, without the model.
 
-Exact routing replays exactly: a live offloader that decodes the same rows hits the same, pair for
-pair. A policy that swaps would change what the layers above see, which a trace cannot show; its
-hit rates here are an approximation and are marked as such.
+Every token is a call of its own, from the first on: a row is decoded, none of it is a prompt. So
+replayed, exact routing hits what a live offloader hits, pair for pair, as far as the routers gave
+it the same logits (in half precision a call of one token may round otherwise than a row). A
+policy that swaps would change what the layers above see, which a trace cannot show; its hit
+rates here are an approximation and are marked as such.
 
 Shape suffixes: L MoE layers, N rows of text, T tokens, E experts, K experts per token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..adaptive import Adaptive
 from ..kernels.route_ref import Rule
 from ..offload.eviction import DEFAULT, POLICIES
 from ..policies import Policy, layer_strengths
@@ -89,7 +93,7 @@ def replay_trace(
         trace: Of :func:`~moe_gpu.tuning.trace.record_trace`.
         slots: Slots per layer, each in [K, E]. Default: :func:`default_slots`.
         evictions: Names of eviction policies, each replayed without and with bypass; ``"belady"``
-            is the optimum for exact routing.
+            is the optimum for exact routing. In LRU a newcomer never loses, with or without.
         policies: Routing policies to approximate under the default eviction, for slots per layer.
         pool: One pool of L x ``slots`` for all layers.
         decay: Of the affinity per token.
@@ -101,7 +105,9 @@ def replay_trace(
         Exact routing by slots, eviction and bypass, then the policies by slots.
 
     Raises:
-        ValueError: Slots out of bounds, an unknown eviction, or policies with a pool.
+        TypeError: An adaptive policy: its strength moves with the traffic.
+        ValueError: No slots or slots out of bounds, an unknown eviction, affinity constants out of
+            bounds, or policies with a pool.
     """
     E, K, L = trace.num_experts, trace.top_k, trace.num_layers
     slots = default_slots(E, K) if slots is None else list(slots)
@@ -112,6 +118,16 @@ def replay_trace(
         if name not in (*POLICIES, OPTIMUM):
             known = ", ".join(map(repr, (*POLICIES, OPTIMUM)))
             raise ValueError(f"eviction must be one of {known}, got {name!r}")
+    if not slots:
+        raise ValueError("slots must name at least one number")
+    if not (0 <= decay <= 1 and 0 <= boost < math.inf and 0 < max_score < math.inf):
+        raise ValueError(
+            "decay must lie in [0, 1], boost be finite and >= 0 and max_score finite and > 0, got "
+            f"{decay}, {boost}, {max_score}"
+        )
+    for policy in policies:
+        if isinstance(policy, Adaptive):
+            raise TypeError(f"policy must have a fixed strength, got {policy}")
     if pool and policies:
         raise ValueError("policies can be replayed with slots per layer only, not with a pool")
 
@@ -136,7 +152,7 @@ def replay_trace(
         hits = hits.reshape(N, apart, len(rankings), 2, len(slots)).sum(1)
         for z, capacity in enumerate(capacities):
             for r, name in enumerate(evictions):
-                for bypass in (False, True):
+                for bypass in (False, True)[: 1 if name == "lru" else 2]:
                     hits_N = torch.from_numpy(hits[:, r, int(bypass), z].copy())
                     found.append(
                         Replayed(capacity, E * (L // apart), name, bypass, hits_N, T * L * K, T)

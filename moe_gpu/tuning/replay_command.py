@@ -13,7 +13,8 @@ def add_replay(commands) -> None:
     parser = commands.add_parser(
         "replay", help="hit rates of a routing trace over cache sizes and eviction policies",
         description="Replay a routing trace (tune writes one) through caches of several sizes, under "
-                    "exact routing, next to Belady's optimum. Needs no model.")
+                    "exact routing, next to Belady's optimum. Every token is a call of its own: "
+                    "no part of a row is a prompt. Needs no model.")
     add = parser.add_argument
     add("trace", metavar="TRACE", help="trace.safetensors")
     add("--slots", type=int, nargs="+", metavar="N",
@@ -24,6 +25,9 @@ def add_replay(commands) -> None:
         help=f"any of {', '.join(sorted(POLICIES))}, belady (default: all)")
     add("--quality", type=float, nargs="+", default=[], metavar="Q",
         help="also QualityBudget(Q), approximately: a trace cannot show what swaps change above")
+    add("--decay", type=float, default=0.98, help="of the affinity per token (default: %(default)s)")
+    add("--boost", type=float, default=0.02,
+        help="affinity added to a chosen expert (default: %(default)s)")
     add("--pool", action="store_true", help="one pool of slots for all layers")
     add("--json", action="store_true", help="print the same as JSON")
     add("--plot", metavar="FILE", help="write a PNG")
@@ -51,7 +55,14 @@ def _replay(args: argparse.Namespace) -> int:
         args.parser.error(f"{args.trace}: {error.strerror or error}")
     budgets = [QualityBudget(budget) for budget in args.quality]
     found = replay_trace(
-        trace, args.slots, evictions=args.eviction, policies=budgets, pool=args.pool, progress=True
+        trace,
+        args.slots,
+        evictions=args.eviction,
+        policies=budgets,
+        pool=args.pool,
+        decay=args.decay,
+        boost=args.boost,
+        progress=True,
     )
     if args.json:
         print(json.dumps(as_dict(trace, found), indent=2))

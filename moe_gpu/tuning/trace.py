@@ -30,7 +30,7 @@ class RoutingTrace:
         top_k: K.
         renormalize: Mixing weights are a softmax over the executed experts.
         expert_bytes: Of one expert, for megabytes per token; 0 if it is not known.
-        text: SHA-256 of the token ids.
+        text: SHA-256 of the token ids and their shape.
     """
 
     logits_LNTE: torch.Tensor
@@ -148,7 +148,8 @@ def record_trace(
 
 def trace_of(evaluation: Evaluation, expert_bytes: int = 0) -> RoutingTrace:
     """Return the trace of an evaluation's text."""
-    ids = evaluation.rows_NT.cpu().numpy().tobytes()
+    rows_NT = evaluation.rows_NT.cpu()
+    ids = repr(tuple(rows_NT.shape)).encode() + rows_NT.numpy().tobytes()
     return RoutingTrace(
         torch.stack([logits_NTE.cpu() for logits_NTE in evaluation.router_logits()]),
         evaluation.top_k,
