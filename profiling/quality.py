@@ -27,7 +27,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,10 @@ from _bench import RESULTS, ROOT, git_commit
 from moe_gpu import CacheBonus, Exact, MassBudget, QualityBudget
 from moe_gpu.tuning.calibrate import layer_sensitivity
 from moe_gpu.tuning.quality import Evaluation, Job, Outcome
+from moe_gpu.tuning.replay import OPTIMUM
+from moe_gpu.tuning.replay_engine import BELADY, replay
 from moe_gpu.tuning.simulate import LRU, CacheRule
+from moe_gpu.tuning.trace import trace_of
 from quality_baselines import RankWindow, RunningRangeBonus, null_of
 
 STORE = ROOT / "profiling" / "out" / "quality"
@@ -68,6 +71,7 @@ FINE = {  # many experts
     "bonus": (0.05, 0.15, 0.3, 0.5, 0.8, 1.2, 1.8),
     "window": (9, 10, 12, 16, 24),
 }
+BELADY_CACHE = "belady with bypass: the optimum"
 SERVED, DEMAND = CacheRule(), CacheRule(affinity_from="demand")
 EXACT_CACHES = [
     SERVED, LRU, *(CacheRule(name, bypass=False) for name in ("lfu", "affinity", "affinity_over_age"))
@@ -141,7 +145,7 @@ def code_digest() -> str:
     return key_of(*(path.read_bytes() for path in SOURCES))
 
 
-def save(path: Path, outcome: Outcome, entry: Entry) -> None:
+def save(path: Path, outcome: Outcome, entry: Entry, cache: str = "") -> None:
     """Write one result whole or not at all."""
     tensors = {name: value for name, value in vars(outcome).items() if name != "pairs"}
     described = {
@@ -149,7 +153,7 @@ def save(path: Path, outcome: Outcome, entry: Entry) -> None:
         "policy": repr(entry.job.policy),
         "strength": repr(float(entry.job.policy.strength)),
         "slots": str(entry.job.slots),
-        "cache": str(entry.job.cache),
+        "cache": cache or str(entry.job.cache),
         "pairs": str(outcome.pairs),
     }
     partial = path.with_suffix(".partial")
@@ -197,6 +201,11 @@ def run(folder: Path, store: Path, quick: bool, main_only: bool = False) -> None
     ]
     bar = tqdm(total=sum(len(entries) for *_, entries in plan), unit="setting", desc=folder.name)
     wanted = {file_of(version, text, entry): text for text, _, entries in plan for entry in entries}
+    optima = {
+        (text, slots): f"{key_of(version, text, slots, OPTIMUM)}.safetensors"
+        for text, slots, _ in plan
+    }
+    wanted |= {name: text for (text, _), name in optima.items()}
     config = model.config
     index = {
         "model": folder.name,
@@ -217,7 +226,8 @@ def run(folder: Path, store: Path, quick: bool, main_only: bool = False) -> None
         paths = {entry: home / file_of(version, text, entry) for entry in entries}
         todo = [entry for entry in entries if not paths[entry].exists()]
         bar.update(len(entries) - len(todo))
-        if not todo:
+        optimum = home / optima[text, slots]
+        if not todo and optimum.exists():
             continue
         segments = quality_texts.SEGMENTS if text == "switching domains" else 1
         evaluation = Evaluation(model, texts[text](), segments)
@@ -226,7 +236,23 @@ def run(folder: Path, store: Path, quick: bool, main_only: bool = False) -> None
         for job, outcome in evaluation.run(list(by_job)):
             save(paths[by_job[job]], outcome, by_job[job])
             bar.update()
+        if not optimum.exists():
+            save(optimum, with_optimum(evaluation, slots, segments), entries[0], BELADY_CACHE)
     bar.close()
+
+
+def with_optimum(evaluation: Evaluation, slots: int, segments: int) -> Outcome:
+    """Return exact routing with the loads of Belady's optimum, which knows what comes."""
+    ((_, exact),) = evaluation.run([Job(Exact(), slots)])
+    demand_NTLK = trace_of(evaluation).demand().numpy()
+    N, T, L, K = demand_NTLK.shape
+    # rows of a stream follow one another; every layer has a cache of its own
+    demand = demand_NTLK.reshape(N // segments, segments * T, L, K).transpose(0, 2, 1, 3)
+    demand = demand.reshape(-1, segments * T, 1, K)
+    hits = replay(demand, evaluation.num_experts, [BELADY], [slots], unit=1, filled=True)
+    loads = K - hits[:, :, 0, 1, 0].reshape(N // segments, L, segments * T)
+    loads_NT = torch.from_numpy(loads.sum(1).reshape(N, T)).to(torch.int16)
+    return replace(exact, loads_NT=loads_NT)
 
 
 def calibrated(model, folder, home, version, quick) -> tuple[float, ...]:

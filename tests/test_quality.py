@@ -54,6 +54,13 @@ def test_study_runs_resumes_and_reports(study, folder, tmp_path, monkeypatch, ca
     assert {row["text"] for row in content["headline"]} == set(quality.TEXTS)
     half = next(row for row in content["headline"] if row["resident"] == "4 of 8")
     assert set(half["cut"]) >= {"mass budget", "quality budget", "original bonus", "rank window"}
+    for text in quality.TEXTS:  # the optimum is in the tables, and one
+        exact = {
+            row["cache"]: row["loads_per_token"]
+            for row in content["rows"]
+            if (row["family"], row["text"], row["resident"]) == ("exact", text, "4 of 8")
+        }
+        assert exact.pop(quality.BELADY_CACHE) <= min(exact.values())
     for name in ("quality.md", "quality.png", "quality_kl.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     assert "At +0.5 % perplexity" in capsys.readouterr().out
