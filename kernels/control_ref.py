@@ -9,7 +9,8 @@ tokens, ``X`` its running average, and ``error = target - x``:
    largest strength, and nothing accumulates beyond them: the first error of the other sign moves it.
 2. ``recent`` is the error over the last few tokens. The strength is that of ``level + LEAD recent``
    octaves, at most the largest, and 0 at the bottom. The lead answers a change of text before the
-   average shows it, and leaves nothing behind that would have to be made up for.
+   average shows it, and leaves nothing behind that would have to be made up for. It is held
+   within the same bounds.
 3. An octave is counted on the float's bits, which are its logarithm but for the straight line
    between two powers of two: no exponential, the same bits everywhere. More of either measure takes
    more strength, so one law serves both; counted in octaves it needs no scale.
@@ -108,10 +109,14 @@ def adapt_ref(
     weight_L = (p[layout.RECENT_RATE] * tokens_L).clamp(max=1)
     recent_L = _toward(s[layout.RECENT_ERROR], error_L, weight_L)
     recent_L = torch.where(warm_L, recent_L, 0.0)
-    # at a bound, a lead beyond it would only delay the way back
-    recent_L = torch.where((level_L >= top_L) & (recent_L > 0), 0.0, recent_L)
-    recent_L = torch.where((level_L <= 0) & (recent_L < 0), 0.0, recent_L)
-    octaves_L = _within(level_L + p[layout.LEAD] * recent_L, top_L)
+    # a lead beyond the bounds would only delay the way back
+    lead_L = p[layout.LEAD]
+    leads_L = lead_L > 0
+    divisor_L = torch.where(leads_L, lead_L, 1.0)
+    most_L, least_L = (top_L - level_L) / divisor_L, -level_L / divisor_L
+    recent_L = torch.where(leads_L & (recent_L > most_L), most_L, recent_L)
+    recent_L = torch.where(leads_L & (recent_L < least_L), least_L, recent_L)
+    octaves_L = _within(level_L + lead_L * recent_L, top_L)
     next_L = (bottom_L + (octaves_L * float(OCTAVE)).int()).view(torch.float32)
     next_L = torch.where(octaves_L > 0, next_L, 0.0)
 

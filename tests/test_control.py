@@ -99,6 +99,14 @@ def test_the_lead_answers_and_leaves_nothing_behind():
     assert loop(tokens=8, misses=16) == 4.0  # 0.5 in all, not 8 x 0.5 x 0.5
 
 
+def test_the_lead_is_forgotten_beyond_the_bounds():
+    # one octave above the smallest, two below the largest
+    loop = Loop(GAIN=0.0, LEAD=100.0, RECENT_RATE=0.5)
+    assert loop(misses=2) == 8.0 and loop.at(layout.RECENT_ERROR) == pytest.approx(2 / 100)
+    assert loop(misses=0) == 0.0 and loop.at(layout.RECENT_ERROR) == pytest.approx(-1 / 100)
+    assert loop(misses=2) == 8.0
+
+
 def test_within_the_dead_band_the_budget_rests():
     loop = Loop(AVERAGE_RATE=0.5, DEAD_BAND=0.25)
     assert loop(misses=0) == 1.5  # average 1

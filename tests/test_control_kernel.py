@@ -99,7 +99,7 @@ def test_same_bits_at_the_floor_and_under_bounds_that_change(device):
     hit, miss = torch.tensor([[3.0, 2.0, 1.8, 1.7]]), torch.tensor([[1.7, 1.8, 2.0, 2.1]])
     strengths = [route_and_judge(state, 0, policy, 2, hit, [0, 1]) for _ in range(40)]
     assert strengths[-5:] == [0.0] * 5
-    strengths = [route_and_judge(state, 0, policy, 2, miss, [0, 1]) for _ in range(12)]
+    strengths = [route_and_judge(state, 0, policy, 2, miss, [0, 1]) for _ in range(30)]
     assert strengths[0] > 0.0 and state.counters_LC[0, layout.SWAPS] > 0
     swaps = state.counters_LC[0, layout.SWAPS].item()
     state.control_LP[0, layout.LARGEST] = 1e-3  # less than a swap takes, from this call on

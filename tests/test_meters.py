@@ -136,12 +136,17 @@ def test_scores_that_are_not_finite(renormalize, device):
     nan, inf = math.nan, math.inf
     rows = [[1, nan, 0.5, inf], [nan, nan, nan, nan], [inf, -inf, 2, nan], [300, -300, inf, 299]]
     rows += [[0, -200, -300, -400]]  # the stand-in's mass underflows: all of it moves
-    state = make_state(4, [2, 3], 1e9, device=device)
+    state, logits_TE = make_state(4, [2, 3], 1e9, device=device), torch.tensor(rows)
     route(
-        torch.tensor(rows, device=device), state, 0, top_k=1, rule=Rule.MASS, meters=True,
+        logits_TE.to(device), state, 0, top_k=1, rule=Rule.MASS, meters=True,
         renormalize=renormalize,
     )  # fmt: skip
     meters_M = state.meters_LM[0].cpu()
+    picked = select_ref(logits_TE, state.slot_of_LE[0].cpu() >= 0, 1, Rule.MASS, 1e9)
+    want_M = meters_ref(
+        _mass(logits_TE), picked.demand_TK, picked.ids_TK, picked.moved_T, renormalize
+    )
+    assert (meters_M - want_M).abs().max() <= 16 * len(rows)
     most = len(rows) * layout.METER_ONE
     assert 0 <= meters_M[layout.L1_CHANGE] <= 2 * most
     assert 0 < meters_M[layout.ROUTING_KL] <= 17 * most
