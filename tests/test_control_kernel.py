@@ -202,3 +202,29 @@ def test_registered_op(device):
         state.control_LP, state.control_state_LS, state.meters_LM,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.moe_gpu.route_.default, args)
+
+
+@pytest.mark.gpu
+def test_a_graph_steers_and_takes_new_parameters():
+    """A captured call adapts at every replay, and obeys what is written to the device between."""
+    policy, K = HitRateTarget(1.0, warm_tokens=0), 2
+    state = adaptive_state(policy, 8, K, "cuda")
+    settle(state, [0, 1, 2, 3])
+    logits_TE = torch.randn(4, 8, device="cuda")
+    rules = {"top_k": K, "rule": policy.rule, "protect": 1, "control": True, "meters": True}
+    out = torch.empty(4, K, device="cuda"), torch.empty(4, K, dtype=torch.int64, device="cuda")
+    route(logits_TE, state, 0, out=out, **rules)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        route(logits_TE, state, 0, out=out, **rules)
+    seen, strengths = state.control_state_LS[0, layout.SEEN].item(), []
+    for _ in range(3):
+        logits_TE.copy_(torch.randn(4, 8))
+        graph.replay()
+        strengths.append(state.strength_L[0].item())
+    assert state.control_state_LS[0, layout.SEEN].item() == seen + 12
+    assert strengths[-1] > strengths[0] or strengths[0] == 0.5
+    state.control_LP[0, layout.LARGEST] = 0.01
+    graph.replay()
+    assert state.strength_L[0].item() <= 0.01 + 1e-8
+    assert state.meters_LM[0, layout.METERED].item() == seen + 16
