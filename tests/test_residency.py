@@ -18,8 +18,7 @@ from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     text_of,
     without_interpreter,
 )
-from moe_gpu import Exact
-from moe_gpu.offload import residency as residency_module
+from moe_gpu import Exact, files
 from moe_gpu.offload.residency import FORMAT, Residency
 
 TINY = "examples/tiny_mixtral"
@@ -173,7 +172,7 @@ def test_a_file_appears_whole_or_not_at_all(stage, used, tmp_path, monkeypatch):
             file.write_bytes(earlier)
         with monkeypatch.context() as patch:
             if stage == "save_file":
-                patch.setattr(residency_module, "save_file", fails)
+                patch.setattr(files, "save_file", fails)
             else:
                 patch.setattr(os, "replace", fails)
             with pytest.raises(OSError, match="no space left"):

@@ -4,14 +4,13 @@ Shape suffixes: L layers, E experts.
 """
 
 import os
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..files import save_whole
 from .offloader import ExpertOffloader
 
 FORMAT = "moe_gpu residency 1"
@@ -57,19 +56,7 @@ class Residency:
         Raises:
             FileNotFoundError: No folder to write it to.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"path={str(path)!r} cannot be written: there is no folder {str(path.parent)!r}"
-            )
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-        os.close(handle)
-        try:
-            save_file(vars(self), partial, metadata={"format": FORMAT})
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        save_whole(vars(self), path, {"format": FORMAT})
 
     @classmethod
     def load(cls, path: str | Path) -> "Residency":

@@ -4,16 +4,14 @@ Shape suffixes: L MoE layers, N rows of text, T tokens, E experts, K experts per
 """
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ..files import save_whole
 from ..huggingface.attached import AttachedMoE
 from ..kernels.route_ref import rank_experts
 from .quality import Evaluation
@@ -75,11 +73,6 @@ class RoutingTrace:
         Raises:
             FileNotFoundError: No folder to write it to.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"path={str(path)!r} cannot be written: there is no folder {str(path.parent)!r}"
-            )
         described = {
             "format": FORMAT,
             "top_k": str(self.top_k),
@@ -87,14 +80,7 @@ class RoutingTrace:
             "expert_bytes": str(self.expert_bytes),
             "text": self.text,
         }
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-        os.close(handle)
-        try:
-            save_file({"logits": self.logits_LNTE.contiguous()}, partial, metadata=described)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        save_whole({"logits": self.logits_LNTE.contiguous()}, path, described)
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingTrace":
