@@ -53,8 +53,8 @@ class Rule(enum.IntEnum):
 
 
 # Fitted to the KL divergence at equal loads (profiling/results/quality_ideas.md); not a cosine that
-# was measured: outputs of two experts of the tiny models have 0.04 to 0.11. It sets how much a gap
-# in weight counts beside the weight itself: the price is (w(m) - w(r))^2 + w(m) w(r) / 2
+# was measured on outputs. It sets how much a gap in weight counts beside the weight itself: the
+# squared price is (w(m) - w(r))^2 + w(m) w(r) / 2
 SIMILARITY = 0.75
 
 
