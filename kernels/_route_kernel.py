@@ -17,25 +17,27 @@ import triton.language as tl
 from . import layout
 from ._control import adapt, strength_in_force
 from ._epilogue import age, finish, moved_units_of
+from ._keys import NONFINITE, TAKEN, finite_or_zero, key_score, sum_of
 from ._meters import METERS_BLOCK, add_meters, gone_of, kept_of, meters_of
+from ._score import (
+    SIGMOID,
+    SPARSEMIXER,
+    capped,
+    in_best_groups,
+    masses_of,
+    mixing_weights_of,
+    row_mass_of,
+    scored,
+)
 from ._select import (
     EXACT,
     FLOAT32_MAX,
     MASS,
-    NONFINITE,
     OUTPUT,
     RANGE_BONUS,
-    TAKEN,
     by_score,
     demand_of,
-    finite_or_zero,
-    key_score,
-    masses_of,
     may_outbid,
-    mixing_weights_of,
-    order_key,
-    row_mass_of,
-    sum_of,
     swap_within_budget,
     take_biased_best,
 )
@@ -60,9 +62,12 @@ _RECORD_FIELDS = tl.constexpr(layout.RECORD_FIELDS)
 @triton.jit
 def _route_tile(
     logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
-    block, T, num_valid, strength, missing_e, offs_e,
+    block, T, num_valid, strength, missing_e, bias_e, offs_e, scaling_factor, softcap, far_eps,
     E: tl.constexpr, K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr,
-    RENORMALIZE: tl.constexpr, CONTROL: tl.constexpr, METERS: tl.constexpr, BLOCK_T: tl.constexpr,
+    SCORE: tl.constexpr, HAS_BIAS: tl.constexpr, RENORMALIZE: tl.constexpr, CAPPED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_SCORE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    CONTROL: tl.constexpr, METERS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Route BLOCK_T rows.
 
@@ -77,12 +82,24 @@ def _route_tile(
     mask_te = mask_t[:, None] & mask_e[None, :]
 
     ptrs = logits_ptr + rows_t[:, None] * stride_lt + offs_e[None, :].to(tl.int64) * stride_le
-    scores_te = tl.load(ptrs, mask=mask_te, other=0.0).to(tl.float32)
-    all_te = tl.where(mask_e[None, :], order_key(scores_te), TAKEN)
+    x_te = tl.load(ptrs, mask=mask_te, other=0.0).to(tl.float32)
+    if CAPPED:
+        x_te = capped(x_te, softcap)
     code_te = tl.broadcast_to((offs_e * 2 + missing_e)[None, :], [BLOCK_T, offs_e.shape[0]])
+    SPLIT: tl.constexpr = SCORE == SIGMOID or HAS_BIAS
+    every_te, mass_te = scored(x_te, bias_e, mask_e, SCORE, HAS_BIAS)
+    all_te = every_te  # the candidates
+    if TOP_GROUPS < NUM_GROUPS:
+        best_te = in_best_groups(
+            every_te, code_te, offs_e, E, NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G
+        )
+        all_te = tl.where(best_te, every_te, TAKEN)
 
     demand_keys, demand_codes, left_te = demand_of(all_te, code_te, K)
-    demand_te = (left_te == TAKEN) & mask_e[None, :]
+    demand_te = (left_te == TAKEN) & (all_te != TAKEN)
+    top_t = finite_or_zero(key_score(demand_keys[0]))
+    if TOP_GROUPS < NUM_GROUPS:  # the best of the row may be in another group
+        top_t = finite_or_zero(key_score(tl.max(every_te, axis=1)))
     keys = demand_keys
     codes = demand_codes
     executed_te = demand_te
@@ -101,7 +118,6 @@ def _route_tile(
     if RULE != EXACT and J < K:
         strength_t = tl.zeros([BLOCK_T], tl.float32) + tl.minimum(strength, FLOAT32_MAX)
         may_t = valid_t & (strength_t > 0.0)  # a NaN, zero or negative strength never swaps
-        top_t = finite_or_zero(key_score(demand_keys[0]))
         if RULE == MASS or RULE == OUTPUT:
             some_t = demand_codes[J] & 1
             for k in tl.static_range(J + 1, K):
@@ -118,13 +134,13 @@ def _route_tile(
             may_t = may_t & may_outbid(left_te, code_te, demand_keys, demand_codes, bonus_t, K, J)
         # one branch keeps the common case, everybody wanted is resident, at the price of none
         if tl.max(may_t.to(tl.int32), axis=0) == 1:
-            masses = masses_of(demand_keys, top_t, K)
+            masses = masses_of(demand_keys, demand_codes, mass_te, code_te, top_t, K, SPLIT)
             total_t = sum_of(masses, K)
             if RULE == MASS or RULE == OUTPUT:
                 missing_te = (code_te & 1) == 1
                 keys, codes = swap_within_budget(
-                    left_te, code_te, missing_te, demand_keys, demand_codes,
-                    top_t, total_t, strength_t, may_t, K, J, RULE,
+                    left_te, code_te, missing_te, mass_te, demand_keys, demand_codes,
+                    top_t, total_t, strength_t, may_t, K, J, RULE, SPLIT,
                 )  # fmt: skip
             else:
                 keys, codes = take_biased_best(
@@ -134,21 +150,25 @@ def _route_tile(
             for k in tl.static_range(1, K):
                 executed_te = executed_te | (code_te == codes[k][:, None])
             keys, codes = by_score(keys, codes, executed_te, all_te, code_te, K)
-            kept_t = sum_of(masses_of(keys, top_t, K), K)
+            kept_t = sum_of(masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT), K)
             lost_t = tl.maximum(total_t - kept_t, 0.0)
             moved_t = lost_t / tl.where(total_t > 0.0, total_t, 1.0)
             if METERS:
                 gone_t = gone_of(demand_codes, codes, K)
                 both_t = kept_of(masses, gone_t, K)
-                change_t = 2.0 * (1.0 - both_t / tl.where(total_t > 0.0, total_t, 1.0))
-                if not RENORMALIZE:
-                    whole_t = row_mass_of(scores_te, all_te, top_t)
-                    change_t = ((total_t - both_t) + (kept_t - both_t)) / tl.where(
-                        whole_t > 0.0, whole_t, 1.0
-                    )
+                more_t = tl.maximum(total_t, kept_t)
+                change_t = 2.0 * (1.0 - both_t / tl.where(more_t > 0.0, more_t, 1.0))
+                if SCORE == SPARSEMIXER or not RENORMALIZE:
+                    change_t = (total_t - both_t) + (kept_t - both_t)
+                    if not SPLIT:
+                        whole_t = row_mass_of(x_te, every_te, top_t)
+                        change_t = change_t / tl.where(whole_t > 0.0, whole_t, 1.0)
                 change_t = tl.where(gone_t == 0, 0.0, change_t)
 
-    weights = mixing_weights_of(scores_te, all_te, keys, demand_keys, K, RENORMALIZE)
+    weights = mixing_weights_of(
+        x_te, every_te, mass_te, code_te, keys, codes, top_t, scaling_factor, far_eps,
+        K, SCORE, SPLIT, RENORMALIZE,
+    )  # fmt: skip
     for k in tl.static_range(K):
         w_t = tl.where(valid_t, weights[k], 0.0).to(weights_ptr.dtype.element_ty)
         e_t = (codes[k] >> 1).to(ids_ptr.dtype.element_ty)
@@ -176,6 +196,7 @@ def _aging_choice(demand_te, executed_te, AFFINITY_FROM: tl.constexpr):
 def route_kernel(
     logits_ptr, stride_lt, stride_le,  # (T, E) in, any float dtype
     num_valid_ptr,                     # () int32 in, or None: every row counts
+    bias_ptr,                          # (E,) in, any float dtype: correction bias, or None
     slot_of_ptr, strength_ptr,         # (L, E) int32 in, (L,) float32 in, with CONTROL out too
     weights_ptr, stride_wt,            # (T, K) out, unit stride along K
     ids_ptr, stride_it,                # (T, K) out, unit stride along K
@@ -186,11 +207,19 @@ def route_kernel(
     meters_ptr,                        # (L, M) int64 in and out, or None
     T, layer, window,
     decay, boost, max_score,
+    scaling_factor, softcap,
+    far_eps,                     # sparsemixer: relative distance beyond which an expert is left out
     E: tl.constexpr,
     K: tl.constexpr,
     J: tl.constexpr,             # protected ranks, <= K
     RULE: tl.constexpr,
-    RENORMALIZE: tl.constexpr,   # softmax over the executed, else over all experts
+    SCORE: tl.constexpr,         # Score
+    RENORMALIZE: tl.constexpr,   # weights are shares of the executed, else of all experts
+    CAPPED: tl.constexpr,        # bound the logits by softcap
+    NUM_GROUPS: tl.constexpr,    # divides E
+    TOP_GROUPS: tl.constexpr,    # groups that a token may visit; NUM_GROUPS: no limit
+    GROUP_SCORE: tl.constexpr,   # GroupScore
+    BLOCK_G: tl.constexpr,       # next power of two >= NUM_GROUPS, <= 32
     AFFINITY_FROM: tl.constexpr, # AffinityFrom
     CONTROL: tl.constexpr,       # adapt the strength; not with EXACT
     METERS: tl.constexpr,        # measure what swaps change; not with EXACT
@@ -204,6 +233,10 @@ def route_kernel(
     layer = layer.to(tl.int64)
     slot_e = tl.load(slot_of_ptr + layer * E + offs_e, mask=mask_e, other=0)
     missing_e = (slot_e < 0).to(tl.int32)
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
+    bias_e = missing_e
+    if HAS_BIAS:
+        bias_e = tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     strength = 0.0
     if RULE != EXACT:
         strength = tl.load(strength_ptr + layer)
@@ -230,8 +263,9 @@ def route_kernel(
         affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
         demand_te, executed_te, moved_t, unavoidable, added_m = _route_tile(
             logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
-            pid, T, num_valid, strength, missing_e, offs_e,
-            E, K, J, RULE, RENORMALIZE, CONTROL, METERS, BLOCK_T,
+            pid, T, num_valid, strength, missing_e, bias_e, offs_e, scaling_factor, softcap, far_eps,
+            E, K, J, RULE, SCORE, HAS_BIAS, RENORMALIZE, CAPPED,
+            NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, CONTROL, METERS, BLOCK_T,
         )  # fmt: skip
         chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
         bit_t = 1 << tl.arange(0, BLOCK_T)
@@ -264,8 +298,10 @@ def route_kernel(
         for block in range(pid, tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
             demand_te, executed_te, moved_t, unavoidable, added_m = _route_tile(
                 logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
-                block, T, num_valid, strength, missing_e, offs_e,
-                E, K, J, RULE, RENORMALIZE, CONTROL, METERS, BLOCK_T,
+                block, T, num_valid, strength, missing_e, bias_e, offs_e,
+                scaling_factor, softcap, far_eps,
+                E, K, J, RULE, SCORE, HAS_BIAS, RENORMALIZE, CAPPED,
+                NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, CONTROL, METERS, BLOCK_T,
             )  # fmt: skip
             executed_e += tl.sum(executed_te.to(tl.int32), axis=0)
             if RULE != EXACT:

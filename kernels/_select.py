@@ -1,15 +1,7 @@
-"""Device functions of the route kernel: who is demanded, who is executed, with what weight.
+"""Device functions of the route kernel: who is demanded and who is executed.
 
-They work on a tile of BLOCK_T rows and BLOCK_E >= E columns, and hold what belongs to one rank
-(0 .. K-1) as a tuple of K vectors of BLOCK_T: no gather, no sort, no shared memory of our own.
-
-Two encodings carry the whole selection:
-
-* key: int32 that orders as the score does, every non-finite score at the key of -inf, and
-  TAKEN, one below, for columns that are gone (already chosen, or padding). Nothing is masked
-  with a sentinel score, which a large bonus could meet.
-* code: ``2 * expert + missing``. The lowest code among equal keys is the lower id, and who was
-  chosen and whether it is resident arrive in one reduction.
+They work on tiles of keys and codes (:mod:`._keys`), and hold what belongs to one rank (0 .. K-1)
+as a tuple of K vectors of BLOCK_T.
 
 ``kernels/route_ref.py`` is the definition.
 """
@@ -17,11 +9,10 @@ Two encodings carry the whole selection:
 import triton
 import triton.language as tl
 
+from ._keys import TAKEN, best_of, key_score, order_key
+from ._score import mass_of
 from .route_ref import SIMILARITY
 
-TAKEN = tl.constexpr(-(2**31))
-NONFINITE = tl.constexpr(-2139095041)  # the key of -inf: 0xff800000 ^ 0x7fffffff
-NO_CODE = tl.constexpr(2**31 - 1)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
 # Rule values of route_ref.py; constexpr here because a kernel cannot read an enum
@@ -31,27 +22,6 @@ RANGE_BONUS = tl.constexpr(2)
 MASS = tl.constexpr(3)
 OUTPUT = tl.constexpr(4)
 TWICE_SIMILARITY = tl.constexpr(2 * SIMILARITY)
-
-
-@triton.jit
-def order_key(x):
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits == TAKEN, 0, bits)  # -0.0 has the bits of TAKEN: both zeros tie
-    # negative floats run backwards as integers: s eeeeeeee mmm --> s ~eeeeeeee ~mmm
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where((bits & 0x7F800000) == 0x7F800000, NONFINITE, key)
-
-
-@triton.jit
-def key_score(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def best_of(key_te, code_te):
-    key_t = tl.max(key_te, axis=1)
-    code_t = tl.min(tl.where(key_te == key_t[:, None], code_te, NO_CODE), axis=1)
-    return key_t, code_t
 
 
 @triton.jit
@@ -68,37 +38,9 @@ def demand_of(key_te, code_te, K: tl.constexpr):
 
 
 @triton.jit
-def mass_of(score, top):
-    """exp(s - top): 0 for a non-finite score, whose key decodes to -inf."""
-    return tl.exp(score - top)
-
-
-@triton.jit
-def sum_of(values, K: tl.constexpr):
-    total = values[0]
-    for k in tl.static_range(1, K):
-        total = total + values[k]
-    return total
-
-
-@triton.jit
-def masses_of(keys, top_t, K: tl.constexpr):
-    masses = ()
-    for k in tl.static_range(K):
-        masses = masses + (mass_of(key_score(keys[k]), top_t),)
-    return masses
-
-
-@triton.jit
-def finite_or_zero(score):
-    """The reference point of an exponential: a row with nothing finite has none."""
-    return tl.where(score == -float("inf"), 0.0, score)
-
-
-@triton.jit
 def swap_within_budget(
-    left_te, code_te, missing_te, keys, codes, top_t, total_t, strength_t, may_t,
-    K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr,
+    left_te, code_te, missing_te, mass_te, keys, codes, top_t, total_t, strength_t, may_t,
+    K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Rule.MASS and Rule.OUTPUT: from rank K-1 up, missing experts give way until one may not."""
     # residents outside the demand
@@ -113,8 +55,8 @@ def swap_within_budget(
     for k in tl.static_range(K - 1, J - 1, -1):
         wants_t = may_t & ((codes[k] & 1) == 1)
         key_t, code_t = best_of(free_te, code_te)
-        gone_t = mass_of(key_score(keys[k]), top_t)
-        come_t = mass_of(key_score(key_t), top_t)
+        gone_t = mass_of(keys[k], codes[k], mass_te, code_te, top_t, SPLIT)
+        come_t = mass_of(key_t, code_t, mass_te, code_te, top_t, SPLIT)
         if RULE == MASS:
             price_t = moved_t + tl.maximum(gone_t - come_t, 0.0)
         else:
@@ -182,43 +124,3 @@ def by_score(keys, codes, executed_te, all_te, code_te, K: tl.constexpr):
     else:
         keys, codes, _ = demand_of(tl.where(executed_te, all_te, TAKEN), code_te, K)
     return keys, codes
-
-
-@triton.jit
-def row_mass_of(scores_te, key_te, top_t):
-    """The mass of all experts of a row."""
-    row_te = tl.where(key_te <= NONFINITE, 0.0, mass_of(scores_te, top_t[:, None]))
-    # in units of 2**-32 (the best mass is 1): an integer sum has the same bits in every order, and
-    # the order follows from the tile and the strides
-    units_te = (row_te * 4294967296.0).to(tl.int64)
-    return tl.sum(units_te, axis=1).to(tl.float32) * (1.0 / 4294967296.0)
-
-
-@triton.jit
-def mixing_weights_of(
-    scores_te, key_te, keys, demand_keys, K: tl.constexpr, RENORMALIZE: tl.constexpr
-):
-    """Weights of the K experts in ``keys``; uniform where no score is finite."""
-    weights = ()
-    if RENORMALIZE and K == 2:
-        # softmax of two: one exponential. A row with nothing finite has ratio 1
-        best_t = key_score(keys[0])
-        gap_t = tl.where(best_t == -float("inf"), 0.0, key_score(keys[1]) - best_t)
-        ratio_t = tl.exp(gap_t)
-        weights = (1.0 / (1.0 + ratio_t), ratio_t / (1.0 + ratio_t))
-    else:
-        if RENORMALIZE:
-            # relative to the best executed score: relative to the best of the row, every weight
-            # could underflow once the top expert has been swapped away
-            top_t = finite_or_zero(key_score(keys[0]))
-            masses = masses_of(keys, top_t, K)
-            total_t = sum_of(masses, K)
-        else:
-            top_t = finite_or_zero(key_score(demand_keys[0]))
-            masses = masses_of(keys, top_t, K)
-            total_t = row_mass_of(scores_te, key_te, top_t)
-        dead_t = total_t <= 0.0
-        scale_t = 1.0 / tl.where(dead_t, 1.0, total_t)
-        for k in tl.static_range(K):
-            weights = weights + (tl.where(dead_t, 1.0 / K, masses[k] * scale_t),)
-    return weights

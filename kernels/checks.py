@@ -4,9 +4,11 @@ import torch
 
 from . import layout
 from .route_ref import affinity_window
+from .score_ref import GroupScore, Score
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 16
+MAX_GROUPS = 32  # the kernel's loops over groups are unrolled
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,6 +50,49 @@ def check_call(logits_TE, state, layer, top_k, decay, num_valid):
             raise ValueError(
                 f"num_valid is on {num_valid.device}, but logits are on {logits_TE.device}"
             )
+
+
+def check_scores(rule, correction_bias, logits_TE, top_k):
+    """Refuse a score rule that does not fit E experts, and a bias that does not fit the logits."""
+    E = logits_TE.shape[1]
+    check_groups(rule, E, top_k)
+    if correction_bias is None:
+        return
+    if not isinstance(correction_bias, torch.Tensor) or correction_bias.dtype not in _FLOATS:
+        found = getattr(correction_bias, "dtype", type(correction_bias).__name__)
+        raise TypeError(
+            f"correction_bias must be a float32, float16 or bfloat16 tensor, got {found}"
+        )
+    if tuple(correction_bias.shape) != (E,) or not correction_bias.is_contiguous():
+        raise ValueError(
+            f"correction_bias must be contiguous of shape {(E,)}, got "
+            f"{tuple(correction_bias.shape)}"
+        )
+    if correction_bias.device != logits_TE.device:
+        raise ValueError(
+            f"correction_bias is on {correction_bias.device}, but logits are on {logits_TE.device}"
+        )
+    if rule.score == Score.SPARSEMIXER:
+        raise ValueError("correction_bias has no meaning for a sparsemixer router")
+
+
+def check_groups(rule, num_experts, top_k):
+    """Refuse groups into which the experts do not divide, or too few experts to choose from."""
+    groups, best = rule.num_groups, rule.top_groups
+    if not 1 <= groups <= min(num_experts, MAX_GROUPS) or num_experts % groups:
+        raise ValueError(
+            f"num_groups must divide num_experts={num_experts} and lie in [1, {MAX_GROUPS}], "
+            f"got {groups}"
+        )
+    if not 1 <= best <= groups:
+        raise ValueError(f"top_groups must lie in [1, {groups}], the number of groups, got {best}")
+    size = num_experts // groups
+    if best * size < top_k:
+        raise ValueError(
+            f"top_groups={best} groups of {size} experts hold fewer than top_k={top_k}"
+        )
+    if rule.has_groups and size == 1 and rule.group_score == GroupScore.TOP2_SUM:
+        raise ValueError(f"group_score of the top 2 needs groups of at least 2 experts, got {size}")
 
 
 def check_out(out, T, top_k, device):

@@ -1,15 +1,17 @@
 """What the quality meters count, in plain PyTorch, for calls whose policy might swap.
 
-With ``mass`` the router's softmax without its divisor, D a token's demand and X its executed set:
+With ``mass`` the masses of :mod:`.score_ref`, D a token's demand and X its executed set:
 
-* moved: ``(mass(D) - mass(X)) / mass(D)``. D holds the largest masses, so it lies in [0, 1].
-* L1: ``sum |w'(e) - w(e)|`` of the mixing weights. Renormalised, ``w = mass / mass(D)`` over D and
-  ``w' = mass / mass(X)`` over X. Experts in both gain ``kept / mass(X) - kept / mass(D)`` in all,
-  with ``kept = mass(D and X)``; the others change by their whole weight; together that is
-  ``2 (1 - kept / mass(D))``. Not renormalised, those in both keep their weight, and it is
-  ``(mass(D) + mass(X) - 2 kept) / mass(all)``.
-* KL: of the softmax over X from the softmax over all, less the same of D:
-  ``log(mass(all) / mass(X)) - log(mass(all) / mass(D)) = -log(1 - moved)``.
+* moved: ``(mass(D) - mass(X)) / mass(D)``, at least 0: D holds the largest masses unless a
+  correction bias chose it.
+* L1: ``sum |w'(e) - w(e)|`` of the mixing weights before the scaling factor. Renormalised,
+  ``w = mass / mass(D)`` over D and ``w' = mass / mass(X)`` over X. Experts in both change by
+  ``|kept / mass(X) - kept / mass(D)|`` in all, with ``kept = mass(D and X)``; the others by their
+  whole weight; together that is ``2 (1 - kept / max(mass(D), mass(X)))``. Not renormalised, those
+  in both keep their weight, and it is ``mass(D) + mass(X) - 2 kept``, of a softmax as a share of
+  ``mass(all)``. Sparsemixer's own weights have no such form: it is measured by the softmax.
+* KL: with the masses of all experts as a distribution, of its restriction to X from it, less the
+  same of D: ``log(mass(all) / mass(X)) - log(mass(all) / mass(D)) = -log(1 - moved)``.
 
 Shape suffixes: T tokens, E experts, K experts per token, M meters.
 """
@@ -17,6 +19,7 @@ Shape suffixes: T tokens, E experts, K experts per token, M meters.
 import torch
 
 from . import layout
+from .score_ref import Score, ScoreRule
 
 
 def meters_ref(
@@ -24,26 +27,28 @@ def meters_ref(
     demand_TK: torch.Tensor,
     ids_TK: torch.Tensor,
     moved_T: torch.Tensor,
-    renormalize: bool,
+    rule: ScoreRule,
 ) -> torch.Tensor:
     """Return what T valid tokens add to a layer's meters, int64 ``(M,)``.
 
     Args:
-        mass_TE: ``exp(s - max)``, float32.
+        mass_TE: Of every expert, float32; of a softmax up to a factor per row.
         demand_TK: int64, best first.
         ids_TK: Executed, int64.
         moved_T: float32.
-        renormalize: Weights are a softmax over the executed experts.
+        rule: How they become weights.
     """
     stays_TK = (demand_TK[:, :, None] == ids_TK[:, None, :]).any(2)
     demand_mass_TK = mass_TE.gather(1, demand_TK)
     wanted_T = demand_mass_TK.sum(1)
     kept_T = torch.where(stays_TK, demand_mass_TK, 0.0).sum(1)
-    if renormalize:
-        change_T = 2 * (1 - kept_T / wanted_T)
+    executed_T = mass_TE.gather(1, ids_TK).sum(1)
+    if rule.renormalize and rule.score != Score.SPARSEMIXER:
+        change_T = 2 * (1 - kept_T / torch.maximum(wanted_T, executed_T))
     else:
-        executed_T = mass_TE.gather(1, ids_TK).sum(1)
-        change_T = (wanted_T - kept_T + (executed_T - kept_T)) / mass_TE.sum(1)
+        change_T = wanted_T - kept_T + (executed_T - kept_T)
+        if rule.score != Score.SIGMOID:
+            change_T = change_T / mass_TE.sum(1)
     change_T = torch.where(stays_TK.all(1), 0.0, change_T)
     kl_T = -(1 - moved_T).clamp(min=layout.LEAST_KEPT).log()
 

@@ -10,8 +10,9 @@ import os
 import torch
 
 from . import layout
-from .checks import check_call, check_out
+from .checks import check_call, check_out, check_scores
 from .route_ref import AffinityFrom, Rule, affinity_window, route_ref
+from .score_ref import GroupScore, Score, ScoreRule
 
 try:
     import triton
@@ -55,6 +56,7 @@ def launch_options(num_warps: int, hip: bool = torch.version.hip is not None) ->
     return options if hip else options | {"maxnreg": 255}
 
 
+PLAIN = ScoreRule()
 MAX_PROGRAMS = 1024  # beyond it programs take several tiles each: fewer atomics on the same words
 
 
@@ -66,20 +68,22 @@ def route(
     top_k: int,
     rule: Rule = Rule.EXACT,
     protect: int = 0,
-    renormalize: bool = True,
+    score_rule: ScoreRule = PLAIN,
+    correction_bias: torch.Tensor | None = None,
     affinity_from: AffinityFrom = AffinityFrom.DEMAND,
     decay: float = 0.99,
     boost: float = 1.0,
     max_score: float = 1.0,
     num_valid: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    weights_dtype: torch.dtype = torch.float32,
     control: bool = False,
     meters: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose K experts for every token and advance the state of ``layer``.
 
     Not differentiable: where a gradient is needed, recompute the weights from the logits with
-    :func:`~moe_gpu.kernels.route_ref.mixing_weights` at the returned ids.
+    :func:`~moe_gpu.kernels.score_ref.mixing_weights` at the returned ids.
 
     Args:
         logits_TE: Router logits, ``(T, E)``, float32, float16 or bfloat16, any strides,
@@ -90,7 +94,9 @@ def route(
         top_k: K, ``1 <= K <= min(E, 16)``.
         rule: Which swaps are allowed; its strength is ``state.strength_L[layer]``.
         protect: Leading ranks that are never swapped away.
-        renormalize: Softmax over the executed experts, else over all E.
+        score_rule: How logits become scores and weights (:mod:`moe_gpu.kernels.score_ref`).
+        correction_bias: ``(E,)``, float32, float16 or bfloat16, contiguous: added to the selection
+            scores, never to a weight.
         affinity_from: Which choices age the affinity.
         decay: Affinity factor per token, in [0, 1].
         boost: Affinity added per choice, ``>= 0``.
@@ -98,7 +104,8 @@ def route(
         num_valid: Device scalar int32: rows from there on are padding, get weight 0 and touch no
             state. None: all rows count.
         out: ``(weights, ids)`` to write to, unit stride along K: weights any supported float
-            dtype, ids int32 or int64. None allocates float32 and int64.
+            dtype, ids int32 or int64. None allocates ``weights_dtype`` and int64.
+        weights_dtype: Float dtype of allocated weights.
         control: Adapt ``state.strength_L[layer]`` for the next call as ``state.control_LP`` says
             (:mod:`moe_gpu.kernels.control_ref`). Not with ``Rule.EXACT``, which needs no strength.
         meters: Add to ``state.meters_LM`` (:mod:`moe_gpu.kernels.meters_ref`), likewise.
@@ -112,10 +119,13 @@ def route(
         TypeError: A dtype that does not fit.
     """
     check_call(logits_TE, state, layer, top_k, decay, num_valid)
+    is_plain = correction_bias is None and score_rule.is_plain
+    if not is_plain:
+        check_scores(score_rule, correction_bias, logits_TE, top_k)
     T = logits_TE.shape[0]
     if out is None:
         out = (
-            torch.empty(T, top_k, dtype=torch.float32, device=logits_TE.device),
+            torch.empty(T, top_k, dtype=weights_dtype, device=logits_TE.device),
             torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device),
         )
     else:
@@ -126,12 +136,19 @@ def route(
         logits_TE.detach(), *out, num_valid,
         state.slot_of_LE, state.strength_L, state.affinity_LE, state.activations_LE,
         state.counters_LC, state.record_LR, state.scratch,
-        layer, top_k, int(rule), min(protect, top_k), renormalize, int(affinity_from),
+        layer, top_k, int(rule), min(protect, top_k), score_rule.renormalize, int(affinity_from),
         decay, boost, max_score,
     )  # fmt: skip
-    if rule != Rule.EXACT and (control or meters):
+    control, meters = control and rule != Rule.EXACT, meters and rule != Rule.EXACT
+    if control or meters or not is_plain:
         args += (state.control_LP, state.control_state_LS) if control else (None, None)
         args += (state.meters_LM if meters else None,)
+    if not is_plain:
+        args += (
+            correction_bias, int(score_rule.score), score_rule.scaling_factor,
+            score_rule.num_groups, score_rule.top_groups, int(score_rule.group_score),
+            score_rule.softcap, score_rule.jitter_eps,
+        )  # fmt: skip
     # the dispatcher costs more than the launch it leads to; only a traced graph needs it
     if torch.compiler.is_compiling():
         torch.ops.moe_gpu.route_(*args)
@@ -145,6 +162,8 @@ def _route(
     activations_LE, counters_LC, record_LR, scratch,
     layer, top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
     control_LP=None, control_state_LS=None, meters_LM=None,
+    bias_E=None, score=0, scaling_factor=1.0, num_groups=1, top_groups=1, group_score=0,
+    softcap=0.0, jitter_eps=0.0,
 ):  # fmt: skip
     if logits_TE.is_cuda and route_kernel is None:
         raise RuntimeError("routing on CUDA needs triton, which is not installed")
@@ -155,7 +174,13 @@ def _route(
         )  # fmt: skip
         route_ref(
             logits_TE, weights_TK, ids_TK, num_valid, state, layer,
-            top_k=top_k, rule=Rule(rule), protect=protect, renormalize=renormalize,
+            top_k=top_k, rule=Rule(rule), protect=protect,
+            correction_bias=bias_E,
+            score_rule=ScoreRule(
+                score=Score(score), renormalize=renormalize, scaling_factor=scaling_factor,
+                num_groups=num_groups, top_groups=top_groups,
+                group_score=GroupScore(group_score), softcap=softcap, jitter_eps=jitter_eps,
+            ),
             affinity_from=AffinityFrom(affinity_from),
             decay=decay, boost=boost, max_score=max_score,
             control=control_LP is not None, meters=meters_LM is not None,
@@ -167,12 +192,15 @@ def _route(
     with torch.cuda.device_of(logits_TE):  # Triton launches on the current device
         route_kernel[grid](
             logits_TE, logits_TE.stride(0), logits_TE.stride(1),
-            num_valid, slot_of_LE, strength_L,
+            num_valid, bias_E, slot_of_LE, strength_L,
             weights_TK, weights_TK.stride(0), ids_TK, ids_TK.stride(0),
             affinity_LE, activations_LE, counters_LC, record_LR, scratch,
             control_LP, control_state_LS, meters_LM,
             T, layer, affinity_window(decay), decay, boost, max_score,
-            E=E, K=top_k, J=protect, RULE=rule, RENORMALIZE=renormalize,
+            scaling_factor, softcap, 2 * jitter_eps,
+            E=E, K=top_k, J=protect, RULE=rule, SCORE=score, RENORMALIZE=renormalize,
+            CAPPED=softcap > 0, NUM_GROUPS=num_groups, TOP_GROUPS=top_groups,
+            GROUP_SCORE=group_score, BLOCK_G=triton.next_power_of_2(num_groups),
             AFFINITY_FROM=affinity_from, CONTROL=control_LP is not None,
             METERS=meters_LM is not None, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
             ONE_TILE=T <= BLOCK_T, **launch_options(num_warps),
@@ -198,7 +226,9 @@ _library.define(
     "Tensor(e!) counters, Tensor(f!) record, Tensor(g!) scratch, SymInt layer, SymInt top_k, "
     "SymInt rule, SymInt protect, bool renormalize, SymInt affinity_from, float decay, "
     "float boost, float max_score, Tensor? control=None, Tensor(i!)? control_state=None, "
-    "Tensor(j!)? meters=None) -> ()"
+    "Tensor(j!)? meters=None, Tensor? bias=None, SymInt score=0, float scaling_factor=1.0, "
+    "SymInt num_groups=1, SymInt top_groups=1, SymInt group_score=0, float softcap=0.0, "
+    "float jitter_eps=0.0) -> ()"
 )
 _library.impl("route_", _route, "CPU")
 _library.impl("route_", _route, "CUDA")

@@ -1,14 +1,15 @@
 """What a route call means, in plain PyTorch. The Triton kernel is tested against this file.
 
-For each token, with selection scores ``s`` (the router's logits in float32), ``K`` experts to
-execute and ``J`` of them protected:
+For each token, with selection scores ``s`` and masses ``p`` as its router's :class:`ScoreRule` makes
+them of the logits (:mod:`.score_ref`), ``K`` experts to execute and ``J`` of them protected:
 
 1. Experts are ranked by score, descending, lower id first among equals; every non-finite score
-   ranks last. The *demand* is the first K, the *protected* the first J of them.
+   ranks last, and who is no candidate is not ranked. The *demand* is the first K, the *protected*
+   the first J of them.
 2. The executed set is the demand with ``m1..mi`` replaced by ``r1..ri``: ``m`` the missing
    demanded experts that are not protected, worst first; ``r`` the resident experts outside the
    demand, best first. :class:`Rule` says how large ``i`` may be.
-3. Mixing weights come from the unbiased scores of the executed experts. Only finite scores
+3. Mixing weights come from the unbiased masses of the executed experts. Only finite scores
    weigh; a row with none is uniform.
 4. Affinity ages once per valid token, in token order:
    ``a = min(a * decay + boost * chosen, max_score)``.
@@ -30,6 +31,7 @@ import torch
 from . import layout
 from .control_ref import Call, adapt_ref, strength_in_force
 from .meters_ref import meters_ref
+from .score_ref import ScoreRule, exp_mass, mixing_weights, rank_experts, score_ref
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -43,8 +45,7 @@ class Rule(enum.IntEnum):
     BONUS = 1
     # the same with b = min(strength * (max - min of the row's finite scores), FLOAT32_MAX)
     RANGE_BONUS = 2
-    # the longest prefix whose sum of max(0, p(m) - p(r)) is at most strength * sum(p(demand)),
-    # p the softmax over the row's finite scores
+    # the longest prefix whose sum of max(0, p(m) - p(r)) is at most strength * sum(p(demand))
     MASS = 3
     # the longest prefix each of whose swaps is priced at most strength: w(m)^2 + w(r)^2 -
     # 2 SIMILARITY w(m) w(r) <= strength^2, w = p / sum(p(demand)). For outputs f of equal norm whose
@@ -74,12 +75,6 @@ class Selection(NamedTuple):
     moved_T: torch.Tensor  # float32, router mass that the swaps moved, as a share of the demand's
 
 
-def rank_experts(scores_TE: torch.Tensor) -> torch.Tensor:
-    """Return expert ids ``(T, E)`` by score descending, lower id first, non-finite scores last."""
-    finite_TE = torch.where(scores_TE.isfinite(), scores_TE, -torch.inf)
-    return finite_TE.sort(dim=1, descending=True, stable=True).indices
-
-
 def select_ref(
     scores_TE: torch.Tensor,
     resident_TE: torch.Tensor,
@@ -87,6 +82,8 @@ def select_ref(
     rule: Rule = Rule.EXACT,
     strength: float | torch.Tensor = 0.0,
     protect: int = 0,
+    mass_TE: torch.Tensor | None = None,
+    candidate_TE: torch.Tensor | None = None,
 ) -> Selection:
     """Choose the executed experts of every token; steps 1 and 2 of the module docstring.
 
@@ -98,13 +95,15 @@ def select_ref(
         strength: Bonus or budget, a float, a 0-d tensor, or ``(T, 1)``. NaN, zero or less never
             swaps.
         protect: J; more than ``k`` means ``k``.
+        mass_TE: p, up to a factor per row, float32. None: the softmax of ``scores_TE``.
+        candidate_TE: Who may be visited, bool, at least K a row. None: everybody.
 
     Returns:
         The demand, the executed ids and the moved mass, see :class:`Selection`.
     """
     T, _ = scores_TE.shape
     J = min(protect, k)
-    order_TE = rank_experts(scores_TE)
+    order_TE = rank_experts(scores_TE, candidate_TE)
     demand_TK = order_TE[:, :k]
     if rule == Rule.EXACT or J == k or T == 0:
         return Selection(demand_TK, demand_TK, scores_TE.new_zeros(T))
@@ -113,13 +112,21 @@ def select_ref(
     # NaN compares false
     strength = torch.where(strength > 0, strength.clamp(max=FLOAT32_MAX), 0.0)
     resident_TE = resident_TE.expand_as(scores_TE)
-    within_budget = rule in (Rule.MASS, Rule.OUTPUT)
-    choose = _swap_within_budget if within_budget else _take_biased_best
-    ids_TK = choose(scores_TE, resident_TE, order_TE, k, J, rule, strength)
+    mass_TE = exp_mass(scores_TE) if mass_TE is None else mass_TE
+    if candidate_TE is None:
+        candidate_TE = torch.ones_like(resident_TE)
+    if rule in (Rule.MASS, Rule.OUTPUT):
+        stand_in_TE = resident_TE & candidate_TE
+        ids_TK = _swap_within_budget(
+            mass_TE, resident_TE, stand_in_TE, order_TE, k, J, rule, strength
+        )
+    else:
+        ids_TK = _take_biased_best(
+            scores_TE, resident_TE, candidate_TE, order_TE, k, J, rule, strength
+        )
 
     rank_TE = _inverse(order_TE)
     ids_TK = order_TE.gather(1, rank_TE.gather(1, ids_TK).sort(dim=1).values)
-    mass_TE = _mass(scores_TE)
     wanted_T = mass_TE.gather(1, demand_TK).sum(1)
     lost_T = (wanted_T - mass_TE.gather(1, ids_TK).sum(1)).clamp(min=0)
     swapped_T = (ids_TK != demand_TK).any(1)
@@ -128,9 +135,9 @@ def select_ref(
     )
 
 
-def _take_biased_best(scores_TE, resident_TE, order_TE, k, J, rule, strength):
+def _take_biased_best(scores_TE, resident_TE, candidate_TE, order_TE, k, J, rule, strength):
     """The classic cache bonus: protected experts, then the best of the rest by biased score."""
-    finite_TE = scores_TE.isfinite()
+    finite_TE = scores_TE.isfinite() & candidate_TE
     bonus = strength
     if rule == Rule.RANGE_BONUS:
         high_T = torch.where(finite_TE, scores_TE, -torch.inf).amax(1, keepdim=True)
@@ -141,25 +148,27 @@ def _take_biased_best(scores_TE, resident_TE, order_TE, k, J, rule, strength):
     biased_TE = torch.where(resident_TE, (scores_TE + bonus).clamp(max=FLOAT32_MAX), scores_TE)
     biased_TE = torch.where(finite_TE, biased_TE, -torch.inf)
     biased_TE = biased_TE.scatter(1, order_TE[:, :J], torch.inf)  # protected: above every sum
-    return biased_TE.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    order_TE = biased_TE.sort(dim=1, descending=True, stable=True).indices
+    last_TE = (~candidate_TE.gather(1, order_TE)).to(torch.int8)
+    return order_TE.gather(1, last_TE.sort(dim=1, stable=True).indices)[:, :k]
 
 
-def _swap_within_budget(scores_TE, resident_TE, order_TE, k, J, rule, strength):
+def _swap_within_budget(mass_TE, resident_TE, stand_in_TE, order_TE, k, J, rule, strength):
     """The longest prefix of swaps that the budget allows."""
-    T, E = scores_TE.shape
+    T, E = mass_TE.shape
     swaps = min(k - J, E - k)
-    mass_TE = _mass(scores_TE)
     ranked_resident_TE = resident_TE.gather(1, order_TE)
+    ranked_stand_in_TE = stand_in_TE.gather(1, order_TE)
     ids_TK = order_TE[:, :k].clone()
     if swaps == 0:
         return ids_TK
 
     # ranks of m1, m2, ... and of r1, r2, ...; E marks "there is none"
-    rank_E = torch.arange(E, device=scores_TE.device).expand(T, E)
+    rank_E = torch.arange(E, device=mass_TE.device).expand(T, E)
     inside, outside = rank_E < k, rank_E >= k
     movable_TE = ~ranked_resident_TE & inside & (rank_E >= J)
     m_TS = torch.where(movable_TE, rank_E, -1).sort(dim=1, descending=True).values[:, :swaps]
-    r_TS = torch.where(ranked_resident_TE & outside, rank_E, E).sort(dim=1).values[:, :swaps]
+    r_TS = torch.where(ranked_stand_in_TE & outside, rank_E, E).sort(dim=1).values[:, :swaps]
     possible_TS = (m_TS >= 0) & (r_TS < E)
     m_TS, r_TS = m_TS.clamp(min=0), r_TS.clamp(max=E - 1)
 
@@ -181,40 +190,10 @@ def _swap_within_budget(scores_TE, resident_TE, order_TE, k, J, rule, strength):
     return ids_TK
 
 
-def _mass(scores_TE):
-    """``exp(s - max)`` over the finite scores, 0 elsewhere: the softmax without its divisor."""
-    finite_TE = torch.where(scores_TE.isfinite(), scores_TE, -torch.inf)
-    top_T1 = finite_TE.amax(1, keepdim=True)
-    top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
-    return (finite_TE - top_T1).exp()
-
-
 def _inverse(order_TE):
     rank_TE = torch.empty_like(order_TE)
     positions_TE = torch.arange(order_TE.shape[1], device=order_TE.device).expand_as(order_TE)
     return rank_TE.scatter_(1, order_TE, positions_TE)
-
-
-def mixing_weights(
-    scores_TE: torch.Tensor, ids_TK: torch.Tensor, renormalize: bool = True
-) -> torch.Tensor:
-    """Return the weights of the executed experts, ``(T, K)`` float32; step 3, differentiable.
-
-    Args:
-        scores_TE: Unbiased scores, ``(T, E)`` float32.
-        ids_TK: Executed experts, int64.
-        renormalize: Softmax over the executed experts (rows sum to 1); otherwise over all E.
-    """
-    finite_TE = torch.where(scores_TE.isfinite(), scores_TE, -torch.inf)
-    if renormalize:
-        logits_TK = finite_TE.gather(1, ids_TK)
-        none_T1 = (logits_TK == -torch.inf).all(1, keepdim=True)
-        # the dead row is replaced before the softmax, so that no NaN reaches a gradient
-        return torch.where(none_T1, torch.zeros_like(logits_TK), logits_TK).softmax(1)
-    none_T1 = (finite_TE == -torch.inf).all(1, keepdim=True)
-    weights_TE = torch.where(none_T1, torch.zeros_like(finite_TE), finite_TE).softmax(1)
-    uniform = 1.0 / ids_TK.shape[1]
-    return torch.where(none_T1, uniform, weights_TE.gather(1, ids_TK))
 
 
 @functools.lru_cache
@@ -251,8 +230,8 @@ def age_affinity_ref(
 
 def route_ref(
     logits_TE, weights_TK, ids_TK, num_valid, state, layer, *,
-    top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
-    control=False, meters=False,
+    top_k, rule, protect, affinity_from, decay, boost, max_score,
+    score_rule=ScoreRule(), correction_bias=None, control=False, meters=False,  # noqa: B008
 ):  # fmt: skip
     """Route T tokens and advance the state of ``layer``: the meaning of one kernel launch.
 
@@ -261,17 +240,20 @@ def route_ref(
     """
     T, E = logits_TE.shape
     valid = T if num_valid is None else max(0, min(T, int(num_valid)))
-    scores_TE = logits_TE.detach().float()
+    logits_TE = logits_TE.detach().float()
+    scores_TE, mass_TE, candidate_TE = score_ref(logits_TE, score_rule, correction_bias)
     resident_E = state.slot_of_LE[layer] >= 0
     row, residents = slice(layer, layer + 1), resident_E.sum().reshape(1)
     control, meters = control and rule != Rule.EXACT, meters and rule != Rule.EXACT
     strength = state.strength_L[row]
     if control:
         strength = strength_in_force(state.control_LP[row], strength, residents, top_k)
-    picked = select_ref(scores_TE, resident_E, top_k, rule, strength, protect)
+    picked = select_ref(
+        scores_TE, resident_E, top_k, rule, strength, protect, mass_TE, candidate_TE
+    )
     executed_TK = picked.ids_TK.clone()
     executed_TK[valid:] = picked.demand_TK[valid:]  # padding rows are not swapped
-    weights = mixing_weights(scores_TE, executed_TK, renormalize)
+    weights = mixing_weights(logits_TE, executed_TK, score_rule)
     weights[valid:] = 0.0
     weights_TK.copy_(weights)
     ids_TK.copy_(executed_TK)
@@ -311,8 +293,8 @@ def route_ref(
 
     if meters:
         state.meters_LM[layer] += meters_ref(
-            _mass(scores_TE[:valid]), picked.demand_TK[:valid], executed_TK[:valid],
-            picked.moved_T[:valid], renormalize,
+            mass_TE[:valid], picked.demand_TK[:valid], executed_TK[:valid],
+            picked.moved_T[:valid], score_rule,
         )  # fmt: skip
     if control:
         unavoidable = missing_E[picked.demand_TK[:valid, :protect]].sum()

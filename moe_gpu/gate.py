@@ -9,9 +9,11 @@ logits, so with ``Exact()`` the gate is the model's own router.
 Shape suffixes: T tokens, E experts, K experts per token, D model width, L layers.
 """
 
+import enum
+import inspect
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, SupportsIndex
 
 import torch
@@ -20,9 +22,10 @@ from torch.nn import functional as F
 
 from .adaptive import Adaptive, Control, control_reports
 from .kernels import layout
-from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
+from .kernels.checks import MAX_EXPERTS, MAX_TOP_K, check_groups
 from .kernels.route import route, route_path
-from .kernels.route_ref import FLOAT32_MAX, AffinityFrom, mixing_weights
+from .kernels.route_ref import FLOAT32_MAX, AffinityFrom
+from .kernels.score_ref import GroupScore, Score, ScoreRule, mixing_weights
 from .latency import RouteTimer, summarize_us
 from .metrics import Metrics, meter_figures, routing_counts
 from .policies import Exact, Policy, layer_strengths
@@ -31,29 +34,45 @@ from .requests import PagingRequest
 from .state import RouterState
 
 AFFINITY_FROM = {source.name.lower(): source for source in AffinityFrom}
+WEIGHTS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, None)
+SCORES = {score.name.lower(): score for score in Score}
+GROUP_SCORES = {score.name.lower(): score for score in GroupScore}
 
 
 class Routing(NamedTuple):
     """What the gate decided for T tokens."""
 
     logits: torch.Tensor  # (T, E), as the router made them
-    weights: torch.Tensor  # (T, K) float32 (float64 for such logits in training), best first
+    weights: torch.Tensor  # (T, K) float32 unless the gate was made with another dtype, best first
     ids: torch.Tensor  # (T, K) int64, K distinct experts per row
 
 
 class MoEGate(nn.Module):
-    """Top-K softmax router that prefers experts already on the device.
+    """Top-K router that prefers experts already on the device.
 
     Owns the router weight (unless ``hidden_size`` is None) and one row of a
-    :class:`RouterState`; nothing of the state enters a ``state_dict``.
+    :class:`RouterState`; nothing of the state enters a ``state_dict``. The defaults are Mixtral's
+    rule of scores and weights; the arguments from ``renormalize`` to ``correction_bias`` make it
+    another family's (:mod:`moe_gpu.kernels.score_ref` says what each means).
 
     Args:
         hidden_size: Model width D; None builds a router without a projection (:meth:`route`).
         num_experts: E, in [1, 1024].
         top_k: K, in [1, min(E, 16)].
         policy: How far the choice may move towards residents, see :mod:`moe_gpu.policies`.
-        renormalize: Weights are a softmax over the executed experts (Mixtral); otherwise their
-            share of the softmax over all experts.
+        renormalize: Weights of the executed experts sum to 1 (Mixtral); otherwise they are their
+            masses: the softmax over all experts, or the sigmoids.
+        score: ``"softmax"``, ``"sigmoid"`` (DeepSeek-V3) or ``"sparsemixer"`` (Phi-3.5-MoE, not for
+            training). A softmax over the K chosen logits (gpt-oss) is softmax with ``renormalize``.
+        scaling_factor: What weights are multiplied by, finite, ``> 0``.
+        num_groups: Runs of equal length that the experts divide into, in [1, 32].
+        top_groups: How many of them a token may visit, in [1, num_groups].
+        group_score: By what groups rank: ``"top2_sum"`` (DeepSeek-V3) or ``"max"`` (DeepSeek-V2).
+        softcap: Bound of the logits by ``softcap * tanh(logits / softcap)``, ``>= 0``; 0: none.
+        jitter_eps: Of sparsemixer, half the relative distance within which experts share a softmax,
+            ``>= 0``.
+        correction_bias: Own a buffer ``e_score_correction_bias``, float32 (E,), zeros: added to the
+            selection scores, never to a weight. Another one can be given to each call.
         decay: Affinity factor per token, in [0, 1].
         boost: Affinity added to a chosen expert, finite, ``>= 0``.
         max_score: Affinity clamp, finite, ``> 0``.
@@ -69,6 +88,7 @@ class MoEGate(nn.Module):
             ``routing_kl`` and ``swaps_by_rank`` of :class:`~moe_gpu.metrics.Metrics`.
         device: Where the parameters, and the state if none is given, live.
         dtype: Of the router weight.
+        weights_dtype: Of the mixing weights; None: that of the logits.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -90,6 +110,14 @@ class MoEGate(nn.Module):
         policy: Policy = Exact(),  # noqa: B008 - frozen dataclass
         *,
         renormalize: bool = True,
+        score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax",
+        scaling_factor: float = 1.0,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        group_score: Literal["top2_sum", "max"] = "top2_sum",
+        softcap: float = 0.0,
+        jitter_eps: float = 0.01,
+        correction_bias: bool = False,
         decay: float = 0.99,
         boost: float = 1.0,
         max_score: float = 1.0,
@@ -101,6 +129,7 @@ class MoEGate(nn.Module):
         meters: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        weights_dtype: torch.dtype | None = torch.float32,
     ):
         super().__init__()
         _check_int("num_experts", num_experts, 1, MAX_EXPERTS)
@@ -117,6 +146,40 @@ class MoEGate(nn.Module):
         if affinity_from not in AFFINITY_FROM:
             known = ", ".join(map(repr, AFFINITY_FROM))
             raise ValueError(f"affinity_from must be one of {known}, got {affinity_from!r}")
+        if not isinstance(renormalize, bool):
+            raise TypeError(f"renormalize must be True or False, got {renormalize!r}")
+        for name, value, known in (
+            ("score", score, SCORES),
+            ("group_score", group_score, GROUP_SCORES),
+        ):
+            if value not in known:
+                names = ", ".join(map(repr, known))
+                raise ValueError(f"{name} must be one of {names}, got {value!r}")
+        _check_real("scaling_factor", scaling_factor, 0.0)
+        if scaling_factor == 0:
+            raise ValueError(f"scaling_factor must be > 0, got {scaling_factor}")
+        _check_int("num_groups", num_groups, 1)
+        _check_int("top_groups", top_groups, 1)
+        _check_real("softcap", softcap, 0.0)
+        _check_real("jitter_eps", jitter_eps, 0.0)
+        rule = ScoreRule(
+            score=SCORES[score],
+            renormalize=renormalize,
+            scaling_factor=float(scaling_factor),
+            num_groups=num_groups,
+            top_groups=top_groups,
+            group_score=GROUP_SCORES[group_score],
+            softcap=float(softcap),
+            jitter_eps=float(jitter_eps) if score == "sparsemixer" else 0.0,
+        )
+        check_groups(rule, num_experts, top_k)
+        if correction_bias and score == "sparsemixer":
+            raise ValueError("correction_bias has no meaning for a sparsemixer router")
+        if weights_dtype not in WEIGHTS_DTYPES:
+            raise TypeError(
+                "weights_dtype must be float32, float16, bfloat16 or None, the dtype of the "
+                f"logits, got {weights_dtype!r}"
+            )
         if state is None:
             state = RouterState(layer + 1, num_experts, device=device)
         elif state.num_experts != num_experts:
@@ -126,10 +189,11 @@ class MoEGate(nn.Module):
         _check_int("layer", layer, 0, state.num_layers - 1)
 
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
-        self.renormalize = renormalize
+        self.score_rule, self.weights_dtype = rule, weights_dtype
         self.decay, self.boost, self.max_score = float(decay), float(boost), float(max_score)
         self.affinity_from, self.max_policy_tokens = affinity_from, max_policy_tokens
-        self.state, self.layer = state, layer
+        # no submodule: DDP would broadcast its buffers before every forward, see register_state()
+        self.__dict__["state"], self.layer = state, layer
         if not isinstance(meters, bool):
             raise TypeError(f"meters must be True or False, got {meters!r}")
         self.meters = meters
@@ -143,6 +207,8 @@ class MoEGate(nn.Module):
             weight_ED = torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
             self.weight = nn.Parameter(weight_ED)
             self.reset_parameters()
+        bias_E = torch.zeros(num_experts, device=device) if correction_bias else None
+        self.register_buffer("e_score_correction_bias", bias_E)
 
     def reset_parameters(self) -> None:
         """Initialise the router weight as Mixtral does."""
@@ -164,9 +230,7 @@ class MoEGate(nn.Module):
         strengths_L = layer_strengths(policy, self.state.num_layers)
         self._is_adaptive = isinstance(policy, Adaptive)
         row = policy.controls(self.top_k) if self._is_adaptive else [0.0] * layout.NUM_CONTROLS
-        self.state.control_LP[self.layer] = torch.tensor(row).to(self.state.control_LP)
-        self.state.strength_L[self.layer] = strengths_L[self.layer]
-        self.state.restart_control(self.layer)
+        self.state.set_policy(self.layer, strengths_L[self.layer], row)
         self._policy = policy
 
     def forward(
@@ -197,6 +261,7 @@ class MoEGate(nn.Module):
         logits: torch.Tensor,
         *,
         num_valid: torch.Tensor | None = None,
+        correction_bias: torch.Tensor | None = None,
         out: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Routing:
         """Route T tokens from their logits: one kernel launch, no host synchronisation.
@@ -209,6 +274,7 @@ class MoEGate(nn.Module):
                 strides.
             num_valid: Device scalar int32; rows from there on are padding: weight 0, distinct ids
                 in range, no effect on any state.
+            correction_bias: ``(E,)`` to use in place of the gate's own buffer.
             out: ``(weights, ids)`` tensors to write to; nothing is allocated then.
 
         Returns:
@@ -217,6 +283,7 @@ class MoEGate(nn.Module):
         Raises:
             ValueError: Wrong shape or device, or ``out`` where a gradient is required.
             TypeError: Logits that are not floating point.
+            RuntimeError: A gradient through a sparsemixer router, whose training rule is another.
         """
         _check_float_tensor("logits", logits)
         if num_valid is not None and not isinstance(num_valid, torch.Tensor):
@@ -224,6 +291,13 @@ class MoEGate(nn.Module):
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
         if needs_grad and out is not None:
             raise ValueError("out cannot be given for logits that require a gradient")
+        if needs_grad and self.score_rule.score == Score.SPARSEMIXER:
+            raise RuntimeError(
+                "a sparsemixer router draws its experts at random in training, which the gate does "
+                "not do: call it under torch.no_grad()"
+            )
+        if correction_bias is None:
+            correction_bias = self.e_score_correction_bias
         T = logits.shape[0] if logits.ndim == 2 else 0
         policy = self._policy if T <= self.max_policy_tokens else Exact()
         if T > 4096 and logits.shape[1] == self.num_experts:  # else route() refuses
@@ -234,7 +308,9 @@ class MoEGate(nn.Module):
             "top_k": self.top_k,
             "rule": policy.rule,
             "protect": policy.protect,
-            "renormalize": self.renormalize,
+            "score_rule": self.score_rule,
+            "correction_bias": correction_bias,
+            "weights_dtype": self.weights_dtype or scores.dtype,
             "affinity_from": AFFINITY_FROM[self.affinity_from],
             "decay": self.decay,
             "boost": self.boost,
@@ -254,9 +330,11 @@ class MoEGate(nn.Module):
             self._last_path = path
         if needs_grad:
             wide = logits if logits.dtype == torch.float64 else logits.float()
-            weights_TK = mixing_weights(wide, ids_TK, self.renormalize)
+            weights_TK = mixing_weights(wide, ids_TK, self.score_rule)
             if num_valid is not None:
                 weights_TK = weights_TK.masked_fill(_padding_rows(T, num_valid), 0.0)
+            if logits.dtype != torch.float64:
+                weights_TK = weights_TK.to(self.weights_dtype or logits.dtype)
         return Routing(logits, weights_TK, ids_TK)
 
     def set_resident(self, expert_ids: Iterable[SupportsIndex]) -> None:
@@ -289,6 +367,11 @@ class MoEGate(nn.Module):
     def activations(self) -> torch.Tensor:
         """Tokens that executed each expert, int64 ``(E,)``, on the device."""
         return self.state.activations_LE[self.layer]
+
+    @property
+    def renormalize(self) -> bool:
+        """Whether weights of the executed experts sum to 1, before the scaling factor."""
+        return self.score_rule.renormalize
 
     def latencies_us(self) -> list[float]:
         """Return recent latencies of the route call; empty without ``timers=True``."""
@@ -330,9 +413,50 @@ class MoEGate(nn.Module):
     def _meters(self) -> torch.Tensor:
         return self.state.meters_LM[self.layer : self.layer + 1]
 
+    def runtime_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return a copy of this layer's residency, history, counts and control.
+
+        See :meth:`RouterState.runtime_state_dict`; ``state_dict`` holds parameters only.
+        """
+        return self.state.runtime_state_dict(self.layer)
+
+    def load_runtime_state_dict(
+        self, saved: Mapping[str, torch.Tensor], strict: bool = True
+    ) -> None:
+        """Continue from a :meth:`runtime_state_dict`, see :class:`RouterState` for what it refuses."""
+        self.state.load_runtime_state_dict(saved, self.layer, strict)
+
+    def register_state(self) -> None:
+        """Make the state a submodule, whose tensors are then non-persistent buffers of the model.
+
+        For ``torch.export``, which writes to registered buffers only. Not for training in several
+        processes: there rank 0's buffers overwrite everybody's.
+        """
+        self.state = self.state
+
+    def _apply(self, fn, recurse=True):
+        self.state._apply(fn)
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
-        """Show the sizes and the policy in ``print(model)``."""
-        return f"D={self.hidden_size}, E={self.num_experts}, K={self.top_k}, policy={self._policy}"
+        """Show the sizes, the policy and what else is not the default in ``print(model)``."""
+        shown = [f"D={self.hidden_size}, E={self.num_experts}, K={self.top_k}"]
+        if self.state.num_layers > 1:
+            shown.append(f"layer={self.layer} of {self.state.num_layers}")
+        shown.append(f"policy={self._policy}")
+        values = vars(self) | vars(self.score_rule)
+        values["correction_bias"] = self.e_score_correction_bias is not None
+        values["timers"] = self._timer is not None
+        if self.score_rule.score != Score.SPARSEMIXER:
+            del values["jitter_eps"]
+        own = ("hidden_size", "num_experts", "top_k", "state", "layer")  # shown above
+        for name, parameter in inspect.signature(MoEGate.__init__).parameters.items():
+            if name in values and name not in own:
+                value = values[name]
+                value = value.name.lower() if isinstance(value, enum.Enum) else value
+                if value != parameter.default:
+                    shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
 
 def _padding_rows(T: int, num_valid: torch.Tensor) -> torch.Tensor:

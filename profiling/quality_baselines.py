@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from moe_gpu import QualityBudget
-from moe_gpu.kernels.route_ref import Rule, Selection, rank_experts, select_ref
+from moe_gpu.kernels.route_ref import Rule, Selection, select_ref
+from moe_gpu.kernels.score_ref import rank_experts
 from moe_gpu.policies import Policy
 from moe_gpu.tuning.simulate import CacheRule, DecodeCaches, chooser
 
@@ -35,8 +36,9 @@ class RunningRangeBonus:
         """Return how one layer chooses."""
         mean_B1 = None
 
-        def choose(scores_BE, resident_BE):
+        def choose(scores, resident_BE):
             nonlocal mean_B1
+            scores_BE = scores.selection_TE
             range_B1 = scores_BE.amax(1, keepdim=True) - scores_BE.amin(1, keepdim=True)
             mean_B1 = range_B1 if mean_B1 is None else mean_B1.lerp(range_B1, self.rate)
             return select_ref(
@@ -65,7 +67,8 @@ class RankWindow:
     def chooser(self, top_k, strength_B1):
         """Return how one layer chooses."""
 
-        def choose(scores_BE, resident_BE):
+        def choose(scores, resident_BE):
+            scores_BE = scores.selection_TE
             E = scores_BE.shape[1]
             order_BE = rank_experts(scores_BE)
             rank_E = torch.arange(E)
@@ -105,12 +108,13 @@ class NearTieNull:
         decide = chooser(self.policy, top_k, strength_B1)
         caches = None
 
-        def choose(scores_BE, resident_BE):
+        def choose(scores, resident_BE):
             nonlocal caches
+            scores_BE = scores.selection_TE
             B, E = scores_BE.shape
             if caches is None:
                 caches = DecodeCaches(B, E, self.slots, self.cache, scores_BE.device)
-            picked = decide(scores_BE, caches.resident_BE)
+            picked = decide(scores, caches.resident_BE)
             mark_BE = torch.zeros(B, E, dtype=torch.bool)
             needed_BE = mark_BE.scatter(1, picked.ids_TK, True)
             demand_BE = mark_BE.scatter(1, picked.demand_TK, True)

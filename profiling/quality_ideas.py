@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 import quality_texts
 from _bench import RESULTS, conditions, facts, table, write_whole
 from moe_gpu import Exact, QualityBudget
-from moe_gpu.kernels.route_ref import Selection, age_affinity_ref, rank_experts
+from moe_gpu.kernels.route_ref import Selection, age_affinity_ref
+from moe_gpu.kernels.score_ref import rank_experts
 from moe_gpu.tuning.calibrate import layer_sensitivity
 from moe_gpu.tuning.quality import Evaluation, Job
 from moe_gpu.tuning.simulate import LRU, CacheRule
@@ -65,8 +66,9 @@ class Priced:
         """Return how one layer chooses."""
         affinity_BE = None
 
-        def choose(scores_BE, resident_BE):
+        def choose(scores, resident_BE):
             nonlocal affinity_BE
+            scores_BE = scores.selection_TE
             B, E = scores_BE.shape
             K, S = top_k, min(top_k - self.protect, E - top_k)
             order_BE = rank_experts(scores_BE)

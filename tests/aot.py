@@ -25,6 +25,8 @@ TARGETS = {
 
 EXACT, BONUS, RANGE_BONUS, MASS, OUTPUT = range(5)
 EXECUTED, DEMAND, SERVED = range(3)
+SOFTMAX, SIGMOID, SPARSEMIXER = range(3)
+TOP2_SUM, MAX = range(2)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Variant:
     weights: str = "fp32"
     control: bool = False
     meters: bool = False
+    score: int = SOFTMAX
+    bias: bool = False
+    groups: tuple[int, int, int] = (1, 1, 0)  # in all, visited, how they rank
+    softcap: bool = False
 
 
 ROUTERS = [(8, 2), (16, 2), (60, 4), (64, 6), (64, 8), (128, 8), (160, 6), (256, 8), (512, 10)]
@@ -86,6 +92,16 @@ VARIANTS = [
     Variant(8, 2, 1, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 64, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 1, ids="i32", weights="bf16"),
+    # score rules of other families
+    *[
+        Variant(256, 8, T, dtype="fp32", score=SIGMOID, bias=True, groups=(8, 4, TOP2_SUM), rule=r)
+        for T, r in [(1, OUTPUT), (64, OUTPUT), (64, BONUS), (4096, EXACT)]
+    ],
+    *[Variant(160, 6, T, dtype="fp32", renormalize=False, groups=(8, 3, MAX)) for T in [1, 64]],
+    *[Variant(16, 2, T, score=SPARSEMIXER, renormalize=False, weights="bf16") for T in [1, 64]],
+    *[Variant(128, 8, T, score=SIGMOID, bias=True) for T in [1, 64]],
+    *[Variant(64, 6, T, bias=True) for T in [1, 64]],
+    Variant(8, 2, 64, softcap=True),
 ]
 
 
@@ -134,7 +150,10 @@ def compile_variant(variant: Variant, target: str) -> dict:
     BLOCK_T, BLOCK_E, num_warps = tile_of(v.T, v.E, v.K)
     constants = {
         "E": v.E, "K": v.K, "J": min(v.protect, v.K), "RULE": v.rule,
-        "RENORMALIZE": v.renormalize, "AFFINITY_FROM": v.affinity_from,
+        "SCORE": v.score, "RENORMALIZE": v.renormalize, "CAPPED": v.softcap,
+        "NUM_GROUPS": v.groups[0], "TOP_GROUPS": v.groups[1], "GROUP_SCORE": v.groups[2], "BLOCK_G": triton.next_power_of_2(v.groups[0]),
+        **({} if v.bias else {"bias_ptr": None}),
+        "AFFINITY_FROM": v.affinity_from,
         "CONTROL": v.control, "METERS": v.meters,
         **({} if v.control else {"control_ptr": None, "control_state_ptr": None}),
         **({} if v.meters else {"meters_ptr": None}),
@@ -146,13 +165,14 @@ def compile_variant(variant: Variant, target: str) -> dict:
     }  # fmt: skip
     types = {
         "logits_ptr": f"*{v.dtype}", "stride_lt": "i32", "stride_le": "i32",
-        "num_valid_ptr": "*i32", "slot_of_ptr": "*i32", "strength_ptr": "*fp32",
+        "num_valid_ptr": "*i32", "bias_ptr": "*fp32", "slot_of_ptr": "*i32", "strength_ptr": "*fp32",
         "weights_ptr": f"*{v.weights}", "stride_wt": "i32", "ids_ptr": f"*{v.ids}",
         "stride_it": "i32", "affinity_ptr": "*fp32", "activations_ptr": "*i64",
         "counters_ptr": "*i64", "record_ptr": "*i32", "scratch_ptr": "*i32",
         "control_ptr": "*fp32", "control_state_ptr": "*fp32", "meters_ptr": "*i64",
         "T": "i32", "layer": "i32", "window": "i32",
         "decay": "fp32", "boost": "fp32", "max_score": "fp32",
+        "scaling_factor": "fp32", "softcap": "fp32", "far_eps": "fp32",
     }  # fmt: skip
     signature = {
         name: "constexpr" if name in constants else types[name] for name in route_kernel.arg_names

@@ -21,7 +21,7 @@ from moe_gpu.offload.shards import Shards
 def blocks_of(model):
     """MoE blocks of any family whose experts are packed."""
     return [
-        MoEBlock(name, module.gate, module.experts, None)
+        MoEBlock(name, module, module.gate, module.experts, None)
         for name, module in model.named_modules()
         if hasattr(module, "experts")
     ]

@@ -48,7 +48,7 @@ def route(state: RouterState, chosen: list[list[int]], layer=0, rule=Rule.EXACT,
     weights_TK, ids_TK = torch.empty(T, K), torch.empty(T, K, dtype=torch.int64)
     route_ref(
         logits_TE, weights_TK, ids_TK, None, state, layer, top_k=K, rule=rule, protect=0,
-        renormalize=True, affinity_from=AffinityFrom.DEMAND, decay=0.9, boost=1.0, max_score=4.0,
+        affinity_from=AffinityFrom.DEMAND, decay=0.9, boost=1.0, max_score=4.0,
     )  # fmt: skip
     return weights_TK, ids_TK
 

@@ -167,7 +167,7 @@ def test_what_is_drawn_holds_no_graph():
     logits, x = (torch.tensor([row], requires_grad=True) for row in (LOGITS, [7.0, 8.0]))
     auditor.draw(x, gate.route(logits))
     parts = [part for part in auditor._drawn if isinstance(part, torch.Tensor)]
-    assert len(parts) == 5 and not any(part.requires_grad for part in parts)
+    assert len(parts) == 6 and not any(part.requires_grad for part in parts)
 
 
 def test_outputs_of_norm_zero_are_no_figure():

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from moe_gpu.__main__ import main  # noqa: E402
+from moe_gpu.kernels.score_ref import ScoreRule  # noqa: E402
 from moe_gpu.tuning.trace import RoutingTrace  # noqa: E402
 
 
@@ -15,7 +16,7 @@ from moe_gpu.tuning.trace import RoutingTrace  # noqa: E402
 def trace(tmp_path):
     path = tmp_path / "trace.safetensors"
     logits_LNTE = torch.randn(2, 3, 20, 8, generator=torch.Generator().manual_seed(0))
-    RoutingTrace(logits_LNTE, 2, True, 1_000_000, "abc").save(path)
+    RoutingTrace(logits_LNTE, 2, ScoreRule(), 1_000_000, "abc").save(path)
     return str(path)
 
 

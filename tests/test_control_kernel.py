@@ -112,7 +112,7 @@ def test_same_bits_as_the_reference_route(device):
     """By the hit rate nothing rounds: the whole state agrees over a run, none handed over."""
     policy, E, K = HitRateTarget(0.8, warm_tokens=3, average_tokens=8), 8, 2
     got, want = adaptive_state(policy, E, K, device), adaptive_state(policy, E, K, "cpu")
-    rules = {"top_k": K, "rule": policy.rule, "protect": 1, "renormalize": True}
+    rules = {"top_k": K, "rule": policy.rule, "protect": 1}
     rules |= {"affinity_from": AffinityFrom.DEMAND, "decay": 0.9, "boost": 1.0, "max_score": 1.0}
     for logits_TE, valid, who in calls_of(E, K, count=24):
         settle(got, who)

@@ -42,7 +42,7 @@ def set_resident(state, experts):
 
 def by_reference(logits_TE, state, *, top_k, **rules):
     out = (torch.empty(len(logits_TE), top_k), torch.empty(len(logits_TE), top_k).long())
-    route_ref(logits_TE, *out, None, state, 0, top_k=top_k, renormalize=True, **rules)
+    route_ref(logits_TE, *out, None, state, 0, top_k=top_k, **rules)
     return out
 
 

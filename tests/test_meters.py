@@ -12,7 +12,8 @@ from moe_gpu.kernels import layout
 from moe_gpu.kernels import route as route_module
 from moe_gpu.kernels.meters_ref import meters_ref, moved_mass_bin
 from moe_gpu.kernels.route import route
-from moe_gpu.kernels.route_ref import Rule, _mass, mixing_weights, route_ref, select_ref
+from moe_gpu.kernels.route_ref import Rule, route_ref, select_ref
+from moe_gpu.kernels.score_ref import ScoreRule, exp_mass, mixing_weights
 from moe_gpu.meter import Meter
 from moe_gpu.metrics import CounterMirror, Metrics, meter_figures
 from routing import make_state
@@ -29,20 +30,20 @@ def logs(*mass):
 def test_a_swap_worked_out_by_hand():
     # demand {5, 3}, executed {5, 2}: 1 of 8 moves; 3/8 leaves, and 5/7 - 5/8 and 2/7 come
     mass_TE, demand, executed = logs(5, 3, 2).exp(), torch.tensor([[0, 1]]), torch.tensor([[0, 2]])
-    added_M = meters_ref(mass_TE, demand, executed, torch.tensor([1 / 8]), True)
+    added_M = meters_ref(mass_TE, demand, executed, torch.tensor([1 / 8]), ScoreRule())
     one = layout.METER_ONE
     assert added_M[layout.METERED] == 1
     assert added_M[layout.L1_CHANGE] == pytest.approx(0.75 * one, abs=4)
     assert added_M[layout.ROUTING_KL] == pytest.approx(math.log(8 / 7) * one, abs=4)
     assert added_M[layout.SWAPS_BY_RANK :].tolist() == [0, 1] + [0] * 14
     # not renormalised: 3 of 10 leaves, 2 of 10 comes
-    added_M = meters_ref(mass_TE, demand, executed, torch.tensor([1 / 8]), False)
+    added_M = meters_ref(mass_TE, demand, executed, torch.tensor([1 / 8]), ScoreRule(renormalize=False))
     assert added_M[layout.L1_CHANGE] == pytest.approx(0.5 * one, abs=4)
 
 
 def test_a_token_whose_stand_ins_have_no_mass_counts_as_17_nats():
     mass_TE, demand, executed = logs(5, 0).exp(), torch.tensor([[0]]), torch.tensor([[1]])
-    added_M = meters_ref(mass_TE, demand, executed, torch.tensor([1.0]), True)
+    added_M = meters_ref(mass_TE, demand, executed, torch.tensor([1.0]), ScoreRule())
     assert added_M[layout.L1_CHANGE] == 2 * layout.METER_ONE
     assert added_M[layout.ROUTING_KL] == pytest.approx(
         24 * math.log(2) * layout.METER_ONE, rel=1e-6
@@ -76,11 +77,12 @@ def test_closed_forms_are_the_definitions(E, K, rule, protect, strength, renorma
     resident_E = torch.zeros(E, dtype=torch.bool)
     resident_E[half_of(E)] = True
     picked = select_ref(scores_TE, resident_E, K, rule, strength, protect)
+    rule_of_weights = ScoreRule(renormalize=renormalize)
     added_M = meters_ref(
-        _mass(scores_TE), picked.demand_TK, picked.ids_TK, picked.moved_T, renormalize
+        exp_mass(scores_TE), picked.demand_TK, picked.ids_TK, picked.moved_T, rule_of_weights
     )
     sets = (picked.demand_TK, picked.ids_TK)
-    w, v = (scattered(ids, mixing_weights(scores_TE, ids, renormalize), E) for ids in sets)
+    w, v = (scattered(ids, mixing_weights(scores_TE, ids, rule_of_weights), E) for ids in sets)
     change = (v - w).abs().sum().item()
     one = layout.METER_ONE
     assert added_M[layout.L1_CHANGE].item() / one == pytest.approx(change, rel=1e-5)
@@ -101,7 +103,7 @@ def test_closed_forms_are_the_definitions(E, K, rule, protect, strength, renorma
 @pytest.mark.parametrize("T, E, K", SHAPES, ids=str)
 def test_kernel_counts_the_same(T, E, K, rule, protect, strength, renormalize, device):
     got, want = (make_state(E, half_of(E), strength, 2, where) for where in (device, "cpu"))
-    rules = {"top_k": K, "rule": rule, "protect": protect, "renormalize": renormalize}
+    rules = {"top_k": K, "rule": rule, "protect": protect, "score_rule": ScoreRule(renormalize=renormalize)}
     valid = None if T < 9 else T - 3
     num_valid = None if valid is None else torch.tensor(valid, dtype=torch.int32, device=device)
     swaps = 0
@@ -139,12 +141,12 @@ def test_scores_that_are_not_finite(renormalize, device):
     state, logits_TE = make_state(4, [2, 3], 1e9, device=device), torch.tensor(rows)
     route(
         logits_TE.to(device), state, 0, top_k=1, rule=Rule.MASS, meters=True,
-        renormalize=renormalize,
+        score_rule=ScoreRule(renormalize=renormalize),
     )  # fmt: skip
     meters_M = state.meters_LM[0].cpu()
     picked = select_ref(logits_TE, state.slot_of_LE[0].cpu() >= 0, 1, Rule.MASS, 1e9)
     want_M = meters_ref(
-        _mass(logits_TE), picked.demand_TK, picked.ids_TK, picked.moved_T, renormalize
+        exp_mass(logits_TE), picked.demand_TK, picked.ids_TK, picked.moved_T, ScoreRule(renormalize=renormalize)
     )
     assert (meters_M - want_M).abs().max() <= 16 * len(rows)
     most = len(rows) * layout.METER_ONE

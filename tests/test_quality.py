@@ -13,6 +13,7 @@ from safetensors.torch import save_file  # noqa: E402
 import moe_gpu  # noqa: E402
 from mixtral import VOCAB, make_model, without_interpreter  # noqa: E402, F401
 from moe_gpu import Exact, QualityBudget  # noqa: E402
+from moe_gpu.kernels.score_ref import ScoreRule, score_ref  # noqa: E402
 from moe_gpu.tuning.quality import Evaluation, Job  # noqa: E402
 from moe_gpu.tuning.simulate import CacheRule  # noqa: E402
 
@@ -94,6 +95,10 @@ def test_identity_in_the_committed_results():
 SCORES = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
 
 
+def scored(logits_BE):
+    return score_ref(logits_BE, ScoreRule())
+
+
 def residents(*ids):
     return torch.tensor([[expert in ids for expert in range(6)]])
 
@@ -110,19 +115,19 @@ def residents(*ids):
 def test_rank_window(study, window, who, expected):
     _, baselines, _ = study
     choose = baselines.RankWindow(window).chooser(2, torch.tensor([[float(window)]]))
-    assert choose(SCORES, residents(*who)).ids_TK.tolist() == [expected]
+    assert choose(scored(SCORES), residents(*who)).ids_TK.tolist() == [expected]
 
 
 def test_running_range(study):
     _, baselines, _ = study
     choose = baselines.RunningRangeBonus(0.3).chooser(2, torch.tensor([[0.3]]))
     # range 5: a bonus of 1.5 lifts expert 2 over expert 1, not expert 3
-    assert choose(SCORES, residents(2)).ids_TK.tolist() == [[0, 2]]
-    assert choose(SCORES, residents(3)).ids_TK.tolist() == [[0, 1]]
+    assert choose(scored(SCORES), residents(2)).ids_TK.tolist() == [[0, 2]]
+    assert choose(scored(SCORES), residents(3)).ids_TK.tolist() == [[0, 1]]
     # a flat token: its own range would give 0.15, the running mean still gives nearly 1.5
-    assert choose(SCORES * 0.1 + 3, residents(3)).ids_TK.tolist() == [[0, 3]]
+    assert choose(scored(SCORES * 0.1 + 3), residents(3)).ids_TK.tolist() == [[0, 3]]
     fresh = baselines.RunningRangeBonus(0.3).chooser(2, torch.tensor([[0.3]]))
-    assert fresh(SCORES * 0.1 + 3, residents(3)).ids_TK.tolist() == [[0, 1]]
+    assert fresh(scored(SCORES * 0.1 + 3), residents(3)).ids_TK.tolist() == [[0, 1]]
 
 
 def test_null_takes_as_many_swaps_and_saves_nothing(study):
@@ -145,7 +150,7 @@ def test_null_swaps_the_last_ranks_for_the_next(study):
     choose = null.chooser(2, torch.tensor([[9.0], [9.0]]))
     # residents at first: experts 0 and 1. Row 0 misses one, row 1 none; they exchange their counts
     scores_BE = torch.stack([SCORES[0].roll(1), SCORES[0]])  # row 0 wants 1 and 2
-    picked = choose(scores_BE, None)
+    picked = choose(scored(scores_BE), None)
     assert picked.demand_TK.tolist() == [[1, 2], [0, 1]]
     assert picked.ids_TK.tolist() == [[1, 2], [0, 2]]
 
@@ -163,5 +168,5 @@ def test_ideas_hold_the_shipped_rules(study):
     ):
         choose = priced.chooser(4, torch.full((300, 1), priced.strength))
         want = select_ref(scores_BE, resident_BE, 4, rule, priced.strength, 1)
-        assert torch.equal(choose(scores_BE, resident_BE).ids_TK, want.ids_TK)
+        assert torch.equal(choose(scored(scores_BE), resident_BE).ids_TK, want.ids_TK)
         assert not torch.equal(want.ids_TK, want.demand_TK)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 import moe_gpu  # noqa: E402
 from mixtral import VOCAB, make_model, without_interpreter  # noqa: E402, F401
 from moe_gpu import Exact, MassBudget  # noqa: E402
+from moe_gpu.kernels.score_ref import ScoreRule  # noqa: E402
 from moe_gpu.offload.eviction import POLICIES  # noqa: E402
 from moe_gpu.tuning.replay import OPTIMUM, default_slots, replay_trace  # noqa: E402
 from moe_gpu.tuning.trace import RoutingTrace, record_trace  # noqa: E402
@@ -84,7 +85,7 @@ def test_an_adaptive_policy_is_refused(small):
 def test_starts_with_the_first_experts_of_every_layer():
     """One token that wants experts 0 and 3 of 4: with two slots one hit, with four two."""
     logits_LNTE = torch.tensor([3.0, 0.0, 0.0, 2.0]).expand(2, 1, 1, 4)
-    trace = RoutingTrace(logits_LNTE, 2, True, 0, "")
+    trace = RoutingTrace(logits_LNTE, 2, ScoreRule(), 0, "")
     found = replay_trace(trace, [2, 4], evictions=["lru"])
     assert [one.hits_N.tolist() for one in found if not one.bypass] == [[2], [4]]
     (pooled,) = [o for o in replay_trace(trace, [3], evictions=["lru"], pool=True) if not o.bypass]

@@ -6,8 +6,10 @@ import torch
 from moe_gpu.kernels import route as route_module
 from moe_gpu.kernels.route import _route, route, tile_of
 from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref, select_ref
+from moe_gpu.kernels.score_ref import ScoreRule
 from routing import STATE, assert_same, both, make_state
 
+SHARES = ScoreRule(renormalize=False)
 RULES = [  # rule, protect, strength: strong enough to swap often on unit-normal logits
     (Rule.EXACT, 0, 0.0),
     (Rule.BONUS, 0, 0.5),
@@ -64,7 +66,7 @@ def test_half_precision_logits(dtype, device):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"renormalize": False}, id="share of all experts"),
+        pytest.param({"score_rule": SHARES}, id="share of all experts"),
         pytest.param({"affinity_from": AffinityFrom.EXECUTED}, id="affinity from executed"),
         pytest.param({"affinity_from": AffinityFrom.SERVED}, id="affinity from served"),
         pytest.param({"decay": 0.5, "boost": 0.3, "max_score": 0.8}, id="affinity constants"),
@@ -153,7 +155,7 @@ def test_non_finite_scores_share_nothing(K, device):
     nan, inf = float("nan"), float("inf")
     rows = [[1, nan, 0.5, inf], [nan, nan, nan, nan], [inf, -inf, 2, nan], [300, -300, inf, 299]]
     logits_TE = torch.tensor(rows, device=device)
-    result = both(logits_TE, [0, 2], 0.5, top_k=K, rule=Rule.MASS, renormalize=False)
+    result = both(logits_TE, [0, 2], 0.5, top_k=K, rule=Rule.MASS, score_rule=SHARES)
     assert_same(*result)
     weights = result[0][0].cpu()
     assert weights.isfinite().all()
@@ -168,7 +170,7 @@ def test_batch_equals_sequence(decay, boost, max_score, renormalize, device):
     """T tokens at once leave the state that T calls leave, bit for bit within the window."""
     logits_TE = torch.randn(75, 8, device=device)
     rules = {"decay": decay, "boost": boost, "max_score": max_score}
-    rules |= {"top_k": 2, "rule": Rule.MASS, "protect": 1, "renormalize": renormalize}
+    rules |= {"top_k": 2, "rule": Rule.MASS, "protect": 1, "score_rule": ScoreRule(renormalize=renormalize)}
     batch, sequence = (make_state(8, [1, 4, 6], 0.1, device=device) for _ in range(2))
     weights, ids = route(logits_TE, batch, 0, **rules)
     rows = [route(logits_TE[t : t + 1], sequence, 0, **rules) for t in range(75)]
@@ -205,7 +207,7 @@ def test_same_bits_on_every_grid(E, K, renormalize, device, monkeypatch):
         if tile is not None:
             monkeypatch.setattr(route_module, "tile_of", lambda T, E, K: tile)
         state = make_state(E, half_of(E), 0.2, device=device)
-        rules = {"top_k": K, "rule": Rule.MASS, "protect": 1, "renormalize": renormalize}
+        rules = {"top_k": K, "rule": Rule.MASS, "protect": 1, "score_rule": ScoreRule(renormalize=renormalize)}
         outputs = [*route(logits_TE, state, 0, **rules), *route(logits_TE, state, 0, **rules)]
         monkeypatch.undo()
         return outputs + [getattr(state, name) for name in STATE]
@@ -309,7 +311,7 @@ def test_a_million_tokens_by_the_reference():
     logits_TE = torch.randn(1_000_003, 8)
     out = (torch.empty(1_000_003, 2), torch.empty(1_000_003, 2, dtype=torch.int64))
     state = make_state(8, [0, 1, 2, 3])
-    rules = {"top_k": 2, "rule": Rule.EXACT, "protect": 0, "renormalize": True}
+    rules = {"top_k": 2, "rule": Rule.EXACT, "protect": 0}
     rules |= {"affinity_from": AffinityFrom.DEMAND, "decay": 0.9, "boost": 1.0, "max_score": 1.0}
     route_ref(logits_TE, *out, None, state, 0, **rules)
     assert state.counters_LC[0, :2].tolist() == [1_000_003, 2_000_006]

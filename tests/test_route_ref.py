@@ -10,10 +10,9 @@ from moe_gpu.kernels.route_ref import (
     affinity_window,
     age_affinity_ref,
     first_aged_token,
-    mixing_weights,
-    rank_experts,
     select_ref,
 )
+from moe_gpu.kernels.score_ref import ScoreRule, mixing_weights, rank_experts
 
 NAN, INF = float("nan"), float("inf")
 BIG = 3e38  # near the top of float32
@@ -162,7 +161,7 @@ def test_residency_may_differ_by_token():
     ],
 )
 def test_mixing_weights(row, ids, renormalize, expected):
-    weights = mixing_weights(scores(*row), torch.tensor([ids]), renormalize)
+    weights = mixing_weights(scores(*row), torch.tensor([ids]), ScoreRule(renormalize=renormalize))
     torch.testing.assert_close(
         weights, torch.tensor([expected], dtype=torch.float32), atol=1e-7, rtol=0
     )

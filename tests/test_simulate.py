@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 import moe_gpu  # noqa: E402
 from mixtral import VOCAB, make_model, without_interpreter  # noqa: E402, F401
 from moe_gpu import CacheBonus, Exact, MassBudget, QualityBudget  # noqa: E402
+from moe_gpu.kernels.score_ref import ScoreRule  # noqa: E402
 from moe_gpu.offload.eviction import DEFAULT, POLICIES  # noqa: E402
 from moe_gpu.offload.history import History  # noqa: E402
 from moe_gpu.tuning.quality import Evaluation, Job  # noqa: E402
@@ -175,7 +176,9 @@ def test_two_swaps_are_priced_worst_with_best():
     caches = DecodeCaches(1, 5, 3, LRU)
     caches.resident_BE[:] = torch.tensor([1, 0, 0, 1, 1]).bool()
     choose = chooser(QualityBudget(1.0), 3, 1.0)
-    steps = route_side_by_side(shares.log().view(1, 1, 5), 3, choose, caches, renormalize=False)
+    steps = route_side_by_side(
+        shares.log().view(1, 1, 5), 3, choose, caches, ScoreRule(renormalize=False)
+    )
     assert steps.ids_BTK.tolist() == [[[0, 3, 4]]] and steps.swaps_BT.item() == 2
     price = sum(m**2 + r**2 - 1.5 * m * r for m, r in ((0.15, 0.1), (0.2, 0.05))) / 0.85**2
     assert steps.price_BT.item() == pytest.approx(price)

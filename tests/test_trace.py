@@ -8,6 +8,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 import moe_gpu  # noqa: E402
 from mixtral import VOCAB, make_model, without_interpreter  # noqa: E402, F401
+from moe_gpu.kernels.score_ref import GroupScore, Score, ScoreRule  # noqa: E402
 from moe_gpu.tuning.trace import FORMAT, RoutingTrace, record_trace  # noqa: E402
 
 
@@ -21,7 +22,7 @@ def test_records_what_the_routers_said(dtype):
     trace = record_trace(model, rows_NT, expert_bytes=7, batch_rows=2)
     assert trace.logits_LNTE.shape == (2, 3, 6, 8) and trace.logits_LNTE.dtype == dtype
     assert (trace.num_layers, trace.rows, trace.tokens, trace.num_experts) == (2, 3, 6, 8)
-    assert (trace.top_k, trace.renormalize, trace.expert_bytes) == (2, True, 7)
+    assert (trace.top_k, trace.rule, trace.expert_bytes) == (2, ScoreRule(), 7)
     with torch.no_grad():
         said = model(rows_NT[:, :-1], output_router_logits=True).router_logits
     for layer in range(2):
@@ -32,9 +33,9 @@ def test_records_what_the_routers_said(dtype):
 
 def test_demand_is_the_order_of_the_gate():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [torch.nan, 0.0, 1.0, 1.0]])
-    trace = RoutingTrace(logits[None, None], 2, True, 0, "")
+    trace = RoutingTrace(logits[None, None], 2, ScoreRule(), 0, "")
     assert trace.demand().tolist() == [[[[1, 2]], [[2, 3]]]]  # (N, T, L, K)
-    two = RoutingTrace(torch.stack([logits, logits.flip(1)])[:, None], 2, True, 0, "")
+    two = RoutingTrace(torch.stack([logits, logits.flip(1)])[:, None], 2, ScoreRule(), 0, "")
     assert two.demand()[0, 0].tolist() == [[1, 2], [1, 2]]
 
 
@@ -51,14 +52,29 @@ def test_file_holds_everything(tmp_path):
     trace.save(tmp_path / "trace.safetensors")
     again = RoutingTrace.load(tmp_path / "trace.safetensors")
     assert torch.equal(again.logits_LNTE, trace.logits_LNTE)
-    same = ("top_k", "renormalize", "expert_bytes", "text")
+    same = ("top_k", "rule", "expert_bytes", "text")
     assert all(getattr(again, name) == getattr(trace, name) for name in same)
     assert [path.name for path in tmp_path.iterdir()] == ["trace.safetensors"]
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         trace.save(tmp_path / "none" / "trace.safetensors")
 
 
-WHOLE = {"format": FORMAT, "top_k": "2", "renormalize": "1", "expert_bytes": "0", "text": ""}
+def test_score_rule_and_bias_come_back(tmp_path):
+    rule = ScoreRule(
+        score=Score.SIGMOID, renormalize=False, scaling_factor=2.5, num_groups=4, top_groups=2,
+        group_score=GroupScore.MAX,
+    )  # fmt: skip
+    logits_LNTE, bias_LE = torch.randn(2, 3, 4, 8), torch.randn(2, 8)
+    trace = RoutingTrace(logits_LNTE, 2, rule, 0, "", bias_LE)
+    trace.save(tmp_path / "trace.safetensors")
+    again = RoutingTrace.load(tmp_path / "trace.safetensors")
+    assert again.rule == rule and torch.equal(again.bias_LE, bias_LE)
+    assert torch.equal(again.demand(), trace.demand())
+    plain = RoutingTrace(logits_LNTE, 2, ScoreRule(), 0, "").demand()
+    assert not torch.equal(again.demand(), plain)
+
+
+WHOLE = {"format": FORMAT, "top_k": "2", "score_rule": "{}", "expert_bytes": "0", "text": ""}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +85,9 @@ WHOLE = {"format": FORMAT, "top_k": "2", "renormalize": "1", "expert_bytes": "0"
         ({"top_k": "two"}, torch.zeros(1, 1, 1, 4), "damaged"),
         ({"expert_bytes": "-1"}, torch.zeros(1, 1, 1, 4), "damaged"),
         ({}, torch.zeros(1, 1, 4), "damaged"),
+        ({"score_rule": "["}, torch.zeros(1, 1, 1, 4), "damaged"),
+        ({"score_rule": '{"depth": 1}'}, torch.zeros(1, 1, 1, 4), "damaged"),
+        ({"score_rule": '{"num_groups": 3}'}, torch.zeros(1, 1, 1, 4), "damaged"),
         ({}, torch.zeros(1, 0, 1, 4), "damaged"),
         ({}, torch.zeros(1, 1, 1, 4, dtype=torch.int32), "damaged"),
     ],

@@ -85,7 +85,10 @@ def load(
     except Exception as error:  # a damaged file raises what its reader happens to raise
         raise Refusal(f"--model {args.model}: {one_line(error)}") from None
     threads = args.threads
-    expert_bytes = sum(moe.offloader.store.home_bytes().values())
+    offloader, state = moe.offloader, moe.state
+    expert_bytes = (
+        state.num_layers * state.num_experts * offloader.store.layout.expert_bytes
+    )
     if threads is None and device.type == "cpu" and expert_bytes < SMALL_MODEL:
         threads = 1
     if threads is not None:

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from ..gate import MoEGate
-from ..offload import EvictionPolicy, ExpertStore
+from ..offload import EvictionPolicy, ExpertLayout, ExpertStore
 from ..offload.eviction import DEFAULT
 from ..offload.residency import Residency
 from ..offload.slots import warn_few_slots
-from ..offload.tiers import available_memory, host_budget, place
+from ..offload.tiers import Tier, available_memory, host_budget, place
 from ..policies import Policy, QualityBudget
 from ..state import RouterState
 from .attached import AttachedMoE, refuse_closed
 from .experts import ATTRIBUTE
-from .families import MoEBlock, find_blocks
+from .families import MoEBlock, find_blocks, score_arguments
 from .options import Options, SlotChoice, refuse_unknown
-from .weights import ExpertWeights, common_layout
+from .weights import ExpertWeights, ResidentWeights, common_layout
 
 # what load() takes beside the arguments of attach()
 LOAD_ONLY = frozenset(
@@ -67,6 +67,12 @@ def attach(
     attached (the last two copy the full weights in host memory). For inference: the experts have
     no backward pass.
 
+    With a slot for every expert (``resident=1.0``; no pool, no ``verify``) nothing moves: the
+    model's parameters are the slots, and there is no copy of them. Then the attached model also
+    trains, loads a state dict, and compiles (``torch.compile(model, fullgraph=True)``, CUDA
+    graphs): wherever a gradient is wanted or a graph is made, the experts run as they would without
+    us, on the gate's routing. :meth:`AttachedMoE.detach` leaves what was trained.
+
     Exactly one of ``slots``, ``resident`` and ``gpu_memory`` says how many experts stay.
 
     Args:
@@ -100,7 +106,8 @@ def attach(
         max_score: Affinity clamp.
         affinity_from: What ages the affinity.
         max_policy_tokens: Calls with more tokens route exactly, and count as prefill.
-        verify: Compare the checksum of an expert's weights with the stored one at every use. Slow.
+        verify: Compare the checksum of an expert's weights with the stored one at every use. Slow,
+            and not for training: a copy of every expert is kept to compare with.
         timers: Measure route latency and, on CUDA, stalls.
         meters: Measure on the device what swaps change (:class:`~moe_gpu.metrics.Metrics`).
         audit: Share of the swaps, in (0, 1], such as 0.01, on which the expert that was wanted is
@@ -149,25 +156,41 @@ def attach(
         kept.check(len(blocks), num_experts)
 
     device = torch.device(own_device if device is None else device)
-    total = len(blocks) * num_experts * layout.expert_bytes
-    cuda, pinned = device.type == "cuda", options.pinned_bytes
-    if pinned is not None:  # page-locked memory that the CPU computes from would be wasted
-        pinned = min(pinned, total) if cuda else 0
-    pinned, _ = host_budget(total, pinned, total, cuda=cuda, available=_memory_for(model, total))
-    tiers_LE = place(
-        len(blocks), num_experts, layout.expert_bytes, pinned, total, on_disk=False,
-        heat=None if kept is None else kept.heat(),
-    )  # fmt: skip
+    all_resident, tiers_LE = options.is_all_resident(choice, num_experts), None
+    if not all_resident:
+        tiers_LE = _choose_homes(model, len(blocks), num_experts, layout, device, options, kept)
     # tensors made in inference mode could not be written outside it
     with torch.inference_mode(False), torch.no_grad():
         gates = make_gates(blocks, num_experts, options, device)
         store = ExpertStore(
             layout, len(blocks), num_experts, gates[0].state.slot_of_LE.device, tiers_LE=tiers_LE
         )
-        moe = AttachedMoE(model, blocks, gates, ExpertWeights(model, blocks, store), own_device)
+        weights = (ResidentWeights if all_resident else ExpertWeights)(model, blocks, store)
+        moe = AttachedMoE(model, blocks, gates, weights, own_device)
         moe._attach(choice, options, kept)
     warn_of_few_slots(choice, blocks)
     return moe
+
+
+def _choose_homes(
+    model: nn.Module,
+    num_layers: int,
+    num_experts: int,
+    layout: ExpertLayout,
+    device: torch.device,
+    options: Options,
+    kept: Residency | None,
+) -> list[list[Tier]]:
+    """Return where each expert of a model that is attached has its home."""
+    total = num_layers * num_experts * layout.expert_bytes
+    cuda, pinned = device.type == "cuda", options.pinned_bytes
+    if pinned is not None:  # page-locked memory that the CPU computes from would be wasted
+        pinned = min(pinned, total) if cuda else 0
+    pinned, _ = host_budget(total, pinned, total, cuda=cuda, available=_memory_for(model, total))
+    return place(
+        num_layers, num_experts, layout.expert_bytes, pinned, total, on_disk=False,
+        heat=None if kept is None else kept.heat(),
+    )  # fmt: skip
 
 
 def make_gates(
@@ -179,7 +202,7 @@ def make_gates(
         MoEGate(
             num_experts=num_experts,
             top_k=block.router.top_k,
-            renormalize=block.family.renormalize(block.router),
+            **score_arguments(block),
             state=state,
             layer=layer,
             **options.of_gates(),

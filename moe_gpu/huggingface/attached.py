@@ -17,11 +17,19 @@ from ..latency import summarize_us
 from ..metrics import CounterMirror, Metrics, meter_figures, routing_counts
 from ..offload import ExpertOffloader
 from ..offload.residency import Residency
-from ..offload.tiers import Tier, available_memory
+from ..offload.tiers import available_memory
 from ..policies import Policy
 from ..waiting import wait_event
 from .audit import Audit, Auditor
-from .experts import ATTRIBUTE, ExpertsLayer, NotCopyable, switch_off, switch_on
+from .experts import (
+    ATTRIBUTE,
+    UNTRACEABLE,
+    ExpertsLayer,
+    NotCopyable,
+    own_forward,
+    switch_off,
+    switch_on,
+)
 from .families import MoEBlock
 from .options import Options, SlotChoice
 from .router import RoutedForward
@@ -36,6 +44,9 @@ class AttachedMoE(NotCopyable):
     As a context manager it detaches at the end; a loaded one closes.
 
     Forwards of the model on several threads wait for each other.
+
+    Where every expert has a slot of its own (:attr:`all_resident`) the model's parameters are the
+    slots: it trains, saves, loads and compiles as without us, gates included.
 
     Attributes:
         model: The attached model.
@@ -69,7 +80,8 @@ class AttachedMoE(NotCopyable):
     def _attach(self, choice: SlotChoice, options: Options, residency: Residency | None) -> None:
         """Change the model. Undoes everything if any of it fails."""
         try:
-            self._weights.take()
+            device = self.state.slot_of_LE.device
+            self._weights.take(device)
             if self._own_device.type == "cuda":
                 torch.cuda.empty_cache()  # what was taken is of other sizes than the slots
             self.offloader = ExpertOffloader(
@@ -87,6 +99,7 @@ class AttachedMoE(NotCopyable):
                 timers=options.timers,
                 timeout_s=options.timeout_s,
                 link_gbps=options.link_gbps,
+                weights_L=self._weights.slots(),
             )
             if options.verify:
                 self._weights.store.remember_checksums()
@@ -99,7 +112,7 @@ class AttachedMoE(NotCopyable):
                 self._auditor = Auditor(options.audit, self.gates, options.timeout_s)
                 audits = self._auditor.layers
             self._weights.show_slots(self.offloader.views_L)
-            self._move_to(self.state.slot_of_LE.device)
+            self._move_to(device)
             for layer, (block, gate) in enumerate(zip(self._blocks, self.gates, strict=True)):
                 router, experts = block.router, block.experts
                 following = self._blocks[layer + 1] if layer + 1 < len(self._blocks) else None
@@ -116,6 +129,8 @@ class AttachedMoE(NotCopyable):
                 self.model.register_forward_hook(self._leave, always_call=True),
             ]
             self._configs = switch_on(self.model)
+            for layer, block in zip(self._layers, self._blocks, strict=True):
+                layer.own_forward = own_forward(block.experts)
             if self.state.slot_of_LE.is_cuda:
                 # as after model.to(): compute may follow on any stream
                 filled = torch.cuda.Event()
@@ -137,16 +152,25 @@ class AttachedMoE(NotCopyable):
             )
         return lock
 
-    @torch.compiler.disable
     def _enter(self, module, args) -> None:
+        # a trace of the hook would hold no lock when the graph runs
+        if not (self._weights.all_resident and torch.compiler.is_compiling()):
+            self._wait_for_others()
+
+    def _leave(self, module, args, output) -> None:
+        if not (self._weights.all_resident and torch.compiler.is_compiling()):
+            self._let_others_run()
+
+    @torch.compiler.disable(reason=UNTRACEABLE)
+    def _wait_for_others(self) -> None:
         lock = self._lock()
         if not self._attached:  # ended while this thread waited: no hook will call _leave
             lock.release()
             return
         self._held.__dict__.setdefault("locks", []).append(lock)
 
-    @torch.compiler.disable
-    def _leave(self, module, args, output) -> None:
+    @torch.compiler.disable(reason=UNTRACEABLE)
+    def _let_others_run(self) -> None:
         # none where the hook before ours raised, or ours did, while another thread's forward ran
         if locks := self._held.__dict__.get("locks"):
             locks.pop().release()
@@ -217,10 +241,7 @@ class AttachedMoE(NotCopyable):
 
     def _host_memory_to_detach(self) -> int:
         """Return the bytes of host memory that a loaded model needs beyond what it has there."""
-        store = self._weights.store
-        # layer by layer: what a layer has there goes when the whole layer has been copied
-        needed = store.home_bytes()[Tier.DISK.value]
-        needed += store.num_experts * store.layout.expert_bytes
+        needed = self._weights.host_bytes_to_give_back()
         if self.state.slot_of_LE.device != self._own_device:
             experts = {id(p) for block in self._blocks for p in block.experts.parameters()}
             needed += sum(p.nbytes for p in self.model.parameters() if id(p) not in experts)
@@ -260,7 +281,7 @@ class AttachedMoE(NotCopyable):
     def _leave_all(self) -> None:
         """Give up the locks of this thread's forwards: the hook that would is gone."""
         while self._held.__dict__.get("locks"):
-            self._leave(self.model, None, None)
+            self._let_others_run()
 
     @property
     def _status(self) -> str:
@@ -275,6 +296,14 @@ class AttachedMoE(NotCopyable):
             raise RuntimeError(f"this model is already {self._status}")
         if any(layer.computing == threading.get_ident() for layer in self._layers):
             raise RuntimeError(f"{verb}() was called from inside an expert: let it finish first")
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether the expert parameters are whole: none is ever moved.
+
+        So it is with as many slots per layer as experts, unless they are a pool or ``verify`` is on.
+        """
+        return self._weights.all_resident
 
     def set_policy(self, policy: Policy) -> None:
         """Route by another policy from now on; no weights move.
@@ -299,6 +328,15 @@ class AttachedMoE(NotCopyable):
         """
         latencies_us = itertools.chain.from_iterable(gate.latencies_us() for gate in self.gates)
         figures, measured = vars(self.offloader.metrics()), {}
+        counters_LC = self._counters.read(wait)
+        if self.all_resident:  # what is traced or differentiated, only the device counts
+            names = ("pairs", "hits", "misses", "unique_misses")
+            counts = [routing_counts(row_C[None]) for row_C in counters_LC]
+            layers = [
+                replace(layer, **{name: count[name] for name in names})
+                for layer, count in zip(figures["layers"], counts, strict=True)
+            ]
+            figures = figures | {"layers": tuple(layers)}
         if self._meters is not None:
             meters_LM, top_k = self._meters.read(wait), self.gates[0].top_k
             measured = meter_figures(meters_LM, top_k)
@@ -308,7 +346,7 @@ class AttachedMoE(NotCopyable):
         return Metrics(
             **figures,
             **measured,
-            **routing_counts(self._counters.read(wait)),
+            **routing_counts(counters_LC),
             **summarize_us(list(latencies_us)),
             route_path=self.gates[0].last_route_path,
         )

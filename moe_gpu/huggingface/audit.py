@@ -29,7 +29,8 @@ from typing import NamedTuple
 import torch
 
 from ..gate import MoEGate, Routing
-from ..kernels.route_ref import SIMILARITY, Rule, mixing_weights, rank_experts
+from ..kernels.route_ref import SIMILARITY, Rule
+from ..kernels.score_ref import mixing_weights, rank_experts, score_ref
 from ..waiting import page_locked, wait_event
 
 WAITING = 64  # samples per layer that wait for their expert; with x and f(x), D values each
@@ -99,7 +100,8 @@ class _Drawn(NamedTuple):
 
     rows: list[int]  # of the call's tokens
     x_RD: torch.Tensor
-    scores_RE: torch.Tensor  # float32
+    logits_RE: torch.Tensor  # float32
+    mass_RE: torch.Tensor  # float32, as the policy prices it
     demand_RK: torch.Tensor  # best first
     weights_RK: torch.Tensor  # as used
     choices_2RK: torch.Tensor  # demand and executed ids, on the host
@@ -143,12 +145,18 @@ class LayerAuditor:
         self._waiting = []
         self._comparisons = self._comparisons.cpu()
 
-    def draw(self, hidden_TD: torch.Tensor, routing: Routing) -> None:
+    def draw(
+        self,
+        hidden_TD: torch.Tensor,
+        routing: Routing,
+        correction_bias: torch.Tensor | None = None,
+    ) -> None:
         """Draw tokens of a route call; no wait for the device.
 
         Args:
             hidden_TD: What was routed, ``(T, D)``.
             routing: What the gate decided.
+            correction_bias: ``(E,)``, that it decided with.
         """
         self._drawn = None
         T, gate = len(hidden_TD), self._gate
@@ -162,10 +170,14 @@ class LayerAuditor:
             x_RD, logits_RE, weights_RK, ids_RK = (
                 torch.stack([part[t] for t in rows]) for part in (hidden_TD, *routing)
             )
-            scores_RE = logits_RE.float()
-            demand_RK = rank_experts(scores_RE)[:, : gate.top_k]
+            logits_RE = logits_RE.float()
+            scores = score_ref(logits_RE, gate.score_rule, correction_bias)
+            order_RE = rank_experts(scores.selection_TE, scores.candidate_TE)
+            demand_RK = order_RE[:, : gate.top_k]
             choices_2RK, arrived = _send(torch.stack([demand_RK, ids_RK]))
-        self._drawn = _Drawn(rows, x_RD, scores_RE, demand_RK, weights_RK, choices_2RK, arrived)
+        self._drawn = _Drawn(
+            rows, x_RD, logits_RE, scores.mass_TE, demand_RK, weights_RK, choices_2RK, arrived
+        )
 
     def sample(self, pairs_TKD: torch.Tensor, mixed_TD: torch.Tensor) -> None:
         """Keep the swaps of the tokens that were drawn.
@@ -182,8 +194,8 @@ class LayerAuditor:
             return
         if drawn.arrived is not None:
             wait_event(drawn.arrived, self._timeout_s, "the audit's copy of a routing")
-        own_RK = mixing_weights(drawn.scores_RE, drawn.demand_RK, self._gate.renormalize)
-        shares_RE = _shares_of_demand(drawn.scores_RE, drawn.demand_RK)
+        own_RK = mixing_weights(drawn.logits_RE, drawn.demand_RK, self._gate.score_rule)
+        shares_RE = drawn.mass_RE / drawn.mass_RE.gather(1, drawn.demand_RK).sum(1, keepdim=True)
         samples = []
         for row, (demand, executed) in enumerate(zip(*drawn.choices_2RK.tolist(), strict=True)):
             token = drawn.rows[row]
@@ -302,12 +314,6 @@ def swap_price(wanted: torch.Tensor, stand_in: torch.Tensor) -> torch.Tensor:
     """
     squared = wanted * wanted + stand_in * (stand_in - 2 * SIMILARITY * wanted)
     return squared.clamp(min=0).sqrt()
-
-
-def _shares_of_demand(scores_RE, demand_RK):
-    """Router mass of every expert as a share of the demand's; a score that is not finite has none."""
-    finite_RE = torch.where(scores_RE.isfinite(), scores_RE, -torch.inf)
-    return (finite_RE - finite_RE.gather(1, demand_RK).logsumexp(1, keepdim=True)).exp()
 
 
 def _send(ids: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:

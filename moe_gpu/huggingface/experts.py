@@ -4,6 +4,9 @@ Pairs are sorted by expert on the device; each expert's slice goes through the s
 offloader names. Every pair's output is kept and the weighted sum is taken at the end, in route
 order and in float32, so neither the order of loads nor waves can change a bit of the result.
 
+Where every expert is resident, the parameters are whole, and the implementation that the model had
+before runs on them wherever ours cannot: in a trace, in a CUDA graph, and where a gradient is wanted.
+
 Importing this module registers the name, once and for good: it is inert for a model that is not
 attached, and unregistering while another model is attached would break that one.
 
@@ -12,7 +15,7 @@ Shape suffixes: T tokens, K experts per token, N = T * K pairs, D model width.
 
 import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,11 @@ from .audit import LayerAuditor
 
 NAME = "moe_gpu"
 ATTRIBUTE = "moe_gpu_layer"  # on an attached experts module
+LINE_BYTES = 64  # products with a matrix that begins within a line can round otherwise
+UNTRACEABLE = (
+    "only an attached model with every expert resident can be traced whole or captured in a CUDA "
+    "graph, others decide on the host what to load: attach(..., resident=1.0), without verify"
+)
 
 
 class NotCopyable:
@@ -45,9 +53,12 @@ class ExpertsLayer(NotCopyable):
     """What an attached experts module knows about its offloader.
 
     Attributes:
-        weights_S: ``(gate_up_proj, down_proj)`` of each slot that a turn can name, staging slots
-            last: made once, since indexing costs at every use.
+        weights_S: The parameters in each slot that a turn can name, by name, staging slots last:
+            made once, since indexing costs at every use.
         audit: Samples the layer's swaps; None where nothing does.
+        all_resident: The parameters hold all experts, and slot e is expert e's.
+        is_askew: Some expert does not begin at a line of memory, see :data:`LINE_BYTES`.
+        own_forward: The implementation that the model had before.
         routed_by: Thread of the last route call, until its experts have run.
         computing: Thread that runs the experts now.
     """
@@ -61,12 +72,42 @@ class ExpertsLayer(NotCopyable):
     ):
         self.offloader, self.layer = offloader, layer
         self.max_policy_tokens, self.audit = max_policy_tokens, audit
-        self.weights_S = [
-            (weights["gate_up_proj"], weights["down_proj"])
-            for weights in offloader.weights_of(layer)
-        ]
+        self.all_resident = offloader.all_resident
+        self.own_forward: Callable | None = None
+        self.weights_S = offloader.weights_of(layer)
+        self.is_askew = any(
+            weight.data_ptr() % LINE_BYTES
+            for weights in self.weights_S
+            for weight in weights.values()
+        )
         self.routed_by: int | None = None
         self.computing: int | None = None
+
+    def is_free_of_host(self, module: nn.Module, *inputs: torch.Tensor) -> bool:
+        """Return whether a call must do without the host's books: traced, captured, differentiated.
+
+        Args:
+            module: The layer's router or experts, whose parameters may want a gradient.
+            inputs: What it is called with.
+        """
+        if not self.all_resident:
+            return False
+        if torch.compiler.is_compiling() or is_capturing(inputs[0].device):
+            return True
+        return torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (*inputs, *module.parameters())
+        )
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured from what runs on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise ``RuntimeError`` where a CUDA graph is being captured: the host must take part."""
+    if is_capturing(device):
+        raise RuntimeError(UNTRACEABLE)
 
 
 def experts_forward(
@@ -84,12 +125,17 @@ def experts_forward(
         top_k_weights: Mixing weights ``(T, K)``.
 
     Returns:
-        ``(T, D)`` in the dtype of ``hidden_states``. Has no backward pass: one is refused when it
-        is asked for.
+        ``(T, D)`` in the dtype of ``hidden_states``. Unless every expert is resident, it has no
+        backward pass: one is refused when it is asked for.
+
+    Raises:
+        RuntimeError: Captured in a CUDA graph, while not every expert is resident.
     """
-    attached = module.__dict__.get(ATTRIBUTE)
+    attached = getattr(module, ATTRIBUTE, None)
     if attached is None:
-        return _own_forward(module)(module, hidden_states, top_k_index, top_k_weights)
+        return own_forward(module)(module, hidden_states, top_k_index, top_k_weights)
+    if attached.is_free_of_host(module, hidden_states, top_k_weights):
+        return attached.own_forward(module, hidden_states, top_k_index, top_k_weights)
     arguments = (hidden_states, top_k_weights, top_k_index, module, attached)
     if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
         return _ForwardOnly.apply(*arguments)
@@ -105,13 +151,18 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError("the experts of an attached model have no backward pass: detach() first")
+        raise RuntimeError(
+            "the experts of an attached model have no backward pass: detach() first, or "
+            "attach(..., resident=1.0), without verify"
+        )
 
 
-@torch.compiler.disable  # reads the step record, orders copies on streams: nothing to trace
+# reads the step record, orders copies on streams: nothing to trace
+@torch.compiler.disable(reason=UNTRACEABLE)
 def _mix(hidden_states, weights_TK, ids_TK, module, attached):
     (T, D), K, layer = hidden_states.shape, ids_TK.shape[1], attached.layer
     audit = attached.audit
+    refuse_capture(hidden_states.device)
     if T == 0:
         return torch.empty_like(hidden_states)
     with profiler_range("moe_gpu::experts"), attached.offloader.lock:
@@ -133,12 +184,14 @@ def _mix(hidden_states, weights_TK, ids_TK, module, attached):
             for expert, slot, start, stop in attached.offloader.step(
                 layer, T * K, is_prefill=is_prefill
             ):
-                gate_up, down = attached.weights_S[slot]
+                weights = attached.weights_S[slot]
+                if attached.is_askew:  # packed, of odd sizes: as slots hold it, so to the same bits
+                    weights = {name: weight.clone() for name, weight in weights.items()}
                 x = x_ND if T == 1 else x_ND[start:stop]
-                outputs[expert] = _run_expert(module, gate_up, down, x)
+                outputs[expert] = _run_expert(module, weights, x)
                 computed += stop - start
                 if audit is not None:
-                    run = functools.partial(_run_expert, module, gate_up, down)
+                    run = functools.partial(_run_expert, module, weights)
                     audit.compare(expert, run)
         finally:
             attached.computing = None
@@ -154,8 +207,14 @@ def _mix(hidden_states, weights_TK, ids_TK, module, attached):
         return mixed_TD.to(hidden_states.dtype)
 
 
-def _run_expert(module, gate_up, down, x_ND):
-    return F.linear(module._apply_gate(F.linear(x_ND, gate_up)), down)
+def _run_expert(module, weights, x_ND):
+    gate_up_ND = _project(module, weights, "gate_up_proj", x_ND)
+    return _project(module, weights, "down_proj", module._apply_gate(gate_up_ND))
+
+
+def _project(module, weights, name, x_ND):
+    weight = weights[name].t() if module.is_transposed else weights[name]
+    return F.linear(x_ND, weight, weights[f"{name}_bias"] if module.has_bias else None)
 
 
 @dataclass
@@ -202,8 +261,15 @@ def switch_off(configs: Iterable) -> None:
             del _switched[id(config)]
 
 
-def _own_forward(module):
-    """What runs an experts module that is not attached but shares an attached model's config."""
+def own_forward(module: nn.Module) -> Callable:
+    """Return what ran a module's experts before a model with its config was attached.
+
+    Args:
+        module: Experts, attached or not.
+
+    Raises:
+        RuntimeError: No model with its config is attached.
+    """
     entry = _switched.get(id(module.config))
     if entry is None:
         raise RuntimeError(

@@ -1,7 +1,8 @@
-"""Which model families are known, and where their MoE blocks are.
+"""Which model families are known: how each router scores, and where a model's MoE blocks are.
 
 A block is a module with a router (attribute ``gate`` or ``router``) and packed ``experts``; the
-family is told by the class name of the router.
+family is told by the class name of the router. A new family is a row of :data:`FAMILIES` and a row
+of ``tests/zoo.py``, whose tests compare it with the stock model.
 """
 
 from collections.abc import Callable
@@ -12,44 +13,178 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+Logits = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class RouterFamily:
-    """How routers of one class turn hidden states into what the gate needs.
+    """How routers of one class turn hidden states into experts and weights.
 
     Attributes:
         logits: ``(router, hidden_states (T, D)) -> (T, E)``, as the router itself computes them.
-        renormalize: ``router -> bool``: mixing weights are a softmax over the executed experts.
+        score: ``router -> dict``: keyword arguments of :class:`~moe_gpu.gate.MoEGate` that make its
+            score rule this router's.
+        weights_dtype: ``router -> dtype`` of its mixing weights; None: that of its logits.
+        bias: ``block -> (E,)`` correction bias of the block's router; None where there is none.
     """
 
-    logits: Callable[[nn.Module, torch.Tensor], torch.Tensor]
-    renormalize: Callable[[nn.Module], bool]
-
-
-def _linear_logits(router: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return F.linear(hidden_states, router.weight)
-
-
-FAMILIES = {
-    "MixtralTopKRouter": RouterFamily(_linear_logits, renormalize=lambda router: True),
-}
+    logits: Logits
+    score: Callable[[nn.Module], dict[str, object]]
+    weights_dtype: Callable[[nn.Module], torch.dtype | None]
+    bias: Callable[[nn.Module], torch.Tensor | None] = lambda block: None
 
 
 class MoEBlock(NamedTuple):
     """One MoE layer of a model."""
 
     name: str  # of the block within the model
+    module: nn.Module
     router: nn.Module
     experts: nn.Module
     family: RouterFamily
+
+    def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Return the router's logits ``(T, E)``."""
+        return self.family.logits(self.router, hidden_TD)
+
+    def bias(self) -> torch.Tensor | None:
+        """Return the router's correction bias ``(E,)``, None where it has none."""
+        return self.family.bias(self.module)
+
+
+# -- logits
+
+
+def _linear(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden_TD, router.weight)
+
+
+def _linear_with_bias(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden_TD, router.weight, router.bias)
+
+
+def _linear_in_float32(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden_TD.float(), router.weight.float())
+
+
+def _linear_to_float32(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden_TD, router.weight).float()
+
+
+def _linear_in_own_dtype(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden_TD.to(router.weight.dtype), router.weight)
+
+
+# -- score rules
+
+
+def _softmax_of_chosen(router: nn.Module) -> dict[str, object]:
+    return {"renormalize": True}
+
+
+def _softmax(router: nn.Module) -> dict[str, object]:
+    return {"renormalize": bool(router.norm_topk_prob)}
+
+
+def _softmax_in_best_groups(router: nn.Module) -> dict[str, object]:
+    rule = {"renormalize": False, "scaling_factor": router.routed_scaling_factor}
+    if router.topk_method == "group_limited_greedy":
+        groups = {"num_groups": router.num_group, "top_groups": router.topk_group}
+        rule |= groups | {"group_score": "max"}
+    elif router.topk_method != "greedy":
+        raise ValueError(f"topk_method={router.topk_method!r} is not known")
+    return rule
+
+
+def _sigmoid_in_best_groups(router: nn.Module) -> dict[str, object]:
+    return {
+        "score": "sigmoid",
+        "renormalize": bool(router.norm_topk_prob),
+        "scaling_factor": router.routed_scaling_factor,
+        "num_groups": router.num_group,
+        "top_groups": router.topk_group,
+        "group_score": "top2_sum",
+    }
+
+
+def _sigmoid_of_chosen(router: nn.Module) -> dict[str, object]:
+    return {"score": "sigmoid", "renormalize": True}
+
+
+def _sparsemixer(router: nn.Module) -> dict[str, object]:
+    return {
+        "score": "sparsemixer",
+        "renormalize": False,
+        "jitter_eps": router.router_jitter_noise,
+    }
+
+
+# -- dtypes of the weights, and correction biases
+
+
+def _float32(router: nn.Module) -> torch.dtype:
+    return torch.float32
+
+
+def _of_logits(router: nn.Module) -> None:
+    return None
+
+
+def _of_model(router: nn.Module) -> torch.dtype:
+    return router.weight.dtype
+
+
+def _bias_of_router(block: nn.Module) -> torch.Tensor:
+    return block.gate.e_score_correction_bias
+
+
+def _bias_of_block(block: nn.Module) -> torch.Tensor:
+    return block.e_score_correction_bias
+
+
+_QWEN = RouterFamily(_linear, _softmax, _of_logits)
+_DEEPSEEK_V3 = RouterFamily(_linear_in_float32, _sigmoid_in_best_groups, _float32, _bias_of_router)
+
+FAMILIES = {
+    "MixtralTopKRouter": RouterFamily(_linear, _softmax_of_chosen, _float32),
+    "Qwen2MoeTopKRouter": _QWEN,
+    "Qwen3MoeTopKRouter": _QWEN,
+    "Qwen3NextTopKRouter": _QWEN,
+    "OlmoeTopKRouter": _QWEN,
+    "PhimoeTopKRouter": RouterFamily(_linear, _sparsemixer, _of_logits),
+    "DeepseekV2TopkRouter": RouterFamily(_linear_in_float32, _softmax_in_best_groups, _float32),
+    "DeepseekV3TopkRouter": _DEEPSEEK_V3,
+    "Glm4MoeTopkRouter": _DEEPSEEK_V3,
+    "GptOssTopKRouter": RouterFamily(_linear_with_bias, _softmax_of_chosen, _of_logits),
+    "GraniteMoeTopKRouter": RouterFamily(_linear_to_float32, _softmax_of_chosen, _of_model),
+    "MiniMaxM2TopKRouter": RouterFamily(
+        _linear_in_own_dtype, _sigmoid_of_chosen, _float32, _bias_of_block
+    ),
+}
+
+# families that cannot be attached, and why
+REFUSED = {
+    "Llama4Router": (
+        "its router returns scores of every expert, and its experts take every token for each of "
+        "them, scaled beforehand: there are no routed pairs to load experts for"
+    ),
+}
+
+HOW_TO_ADD = (
+    "To add a family:\n"
+    "  1. give its router class a row in FAMILIES of moe_gpu/huggingface/families.py: how it makes\n"
+    "     logits, its score rule, the dtype of its weights;\n"
+    "  2. give it a row in tests/zoo.py: a small config of it;\n"
+    "  3. run pytest tests/test_families.py, which compares it with the stock model."
+)
 
 
 def find_blocks(model: nn.Module) -> list[MoEBlock]:
     """Return the MoE blocks of a model in module order, which is layer order.
 
     Raises:
-        ValueError: No block, a router of an unknown class, or experts that are not the packed
-            pair ``gate_up_proj`` and ``down_proj``.
+        ValueError: No block, a router of an unknown class, or experts that are not packed
+            parameters with one weight up and one down.
     """
     known = ", ".join(FAMILIES)
     blocks = []
@@ -58,22 +193,41 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
         router = getattr(module, "gate", getattr(module, "router", None))
         if not (isinstance(experts, nn.Module) and isinstance(router, nn.Module)):
             continue
-        family = FAMILIES.get(type(router).__name__)
-        if family is None:
+        found = type(router).__name__
+        if found in REFUSED:
+            raise ValueError(f"{name}: {found} cannot be attached: {REFUSED[found]}")
+        if found not in FAMILIES:
             raise ValueError(
-                f"{name}: router class {type(router).__name__} is not supported; known: {known}"
+                f"{name}: router class {found} is not supported; known: {known}\n{HOW_TO_ADD}"
             )
         _check_experts(name, experts)
-        blocks.append(MoEBlock(name, router, experts, family))
+        blocks.append(MoEBlock(name, module, router, experts, FAMILIES[found]))
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no MoE layer; known routers: {known}")
     return blocks
 
 
+def score_arguments(block: MoEBlock) -> dict[str, object]:
+    """Return the arguments of :class:`~moe_gpu.gate.MoEGate` that make it route as the block does.
+
+    Raises:
+        ValueError: A setting of the router that the gate does not know.
+    """
+    router, family = block.router, block.family
+    try:
+        rule = family.score(router)
+    except ValueError as error:
+        raise ValueError(f"{block.name}: {type(router).__name__} with {error}") from error
+    return rule | {"weights_dtype": family.weights_dtype(router)}
+
+
 def _check_experts(name: str, experts: nn.Module) -> None:
     names = {key for key, _ in experts.named_parameters()}
-    if names != {"gate_up_proj", "down_proj"} or getattr(experts, "is_transposed", False):
+    weights = {"gate_up_proj", "down_proj"}
+    if getattr(experts, "has_bias", False):
+        weights |= {"gate_up_proj_bias", "down_proj_bias"}
+    if names != weights or not getattr(experts, "has_gate", True):
         raise ValueError(
             f"{name}: experts {type(experts).__name__} are not supported: they must hold "
-            f"gate_up_proj and down_proj, output features first, got {sorted(names)}"
+            f"gate_up_proj and down_proj (and their biases), got {sorted(names)}"
         )

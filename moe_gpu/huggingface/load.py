@@ -32,7 +32,7 @@ from .families import MoEBlock, find_blocks
 from .loading import load_dense
 from .options import Options, refuse_unknown
 from .origins import locate_experts
-from .weights import ExpertWeights, common_layout
+from .weights import ExpertWeights, ResidentWeights, common_layout
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -71,7 +71,7 @@ def load(
         dtype: Of the weights: a torch dtype, its name, or ``"auto"``, the checkpoint's own.
         host_memory: Bytes, or text such as ``"64GiB"``, for expert weights in host memory, the
             page-locked part (``pinned_memory``) included; the rest stays on disk. Default: all of
-            them, but at most 80 % of what is available.
+            them, but at most 80 % of what is available. Nothing where every expert has a slot.
         dequantize: Convert a checkpoint of block-scaled float8 to ``dtype`` while it is read.
         revision: Branch, tag or commit on the hub.
         cache_dir: Where downloads are kept; see ``huggingface_hub``.
@@ -128,10 +128,13 @@ def load(
             host_memory, options.pinned_bytes, L * E * layout.expert_bytes,
             cuda=cuda, available=available_memory(),
         )  # fmt: skip
-        tiers_LE = place(
-            L, E, layout.expert_bytes, pinned if cuda else 0, host, on_disk=True,
-            heat=None if kept is None else kept.heat(),
-        )  # fmt: skip
+        all_resident = options.is_all_resident(choice, E)
+        tiers_LE = [[]] * L  # no home but the device
+        if not all_resident:
+            tiers_LE = place(
+                L, E, layout.expert_bytes, pinned if cuda else 0, host, on_disk=True,
+                heat=None if kept is None else kept.heat(),
+            )  # fmt: skip
         shards = weights()
         files = DiskExperts(layout, shards, locate_experts(model, blocks, shards), block_size)
 
@@ -140,13 +143,14 @@ def load(
         store = ExpertStore(layout, L, E, device, tiers_LE=tiers_LE, files=files)
         undo.callback(store.close)
         hidden = not (sys.stderr.isatty() if progress is None else progress)
+        owner = (ResidentWeights if all_resident else ExpertWeights)(model, blocks, store, True)
         total = _bytes_to_load(model, blocks, store)
+        if all_resident:
+            total += L * E * layout.expert_bytes
         with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=hidden) as bar:
             load_dense(model, blocks, shards, device, block_size=block_size, progress=bar.update)
-            for layer in range(L):
-                store.read(layer, bar.update)
+            owner.read(bar.update)
         load_generation_config(model, folder)
-        owner = ExpertWeights(model, blocks, store, loaded=True)
         moe = AttachedMoE(model, blocks, gates, owner, torch.device("cpu"))
         moe._attach(choice, options, kept)
         undo.pop_all()  # all is well: files and store are the model's now

@@ -147,6 +147,13 @@ class Options:
         """Return the staging slots that are made unless every expert has a slot."""
         return STAGING_SLOTS if self.staging_slots is None else self.staging_slots
 
+    def is_all_resident(self, choice: "SlotChoice", num_experts: int) -> bool:
+        """Return whether the parameters can be the slots: one of its own for every expert.
+
+        Not with ``verify``, which compares with a copy.
+        """
+        return not choice.pool and choice.slots == num_experts and not self.verify
+
     def choose_slots(
         self, model: PreTrainedModel, blocks: list[MoEBlock], layout: ExpertLayout, num_experts: int
     ) -> SlotChoice:

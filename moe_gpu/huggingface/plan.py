@@ -210,7 +210,7 @@ def plan_memory(
     if gpu_memory is not None:
         slots = needs.split(gpu_memory, sizes.num_experts, sizes.top_k)
         notes += _slot_notes(slots, sizes, hit_rate)
-    host, host_notes = _plan_host(sizes, host_memory, pinned_memory)
+    host, host_notes = _plan_host(sizes, slots, host_memory, pinned_memory)
     return MemoryPlan(
         model=sizes,
         device=_plan_device(sizes, needs, gpu_memory, slots),
@@ -274,16 +274,20 @@ def _plan_device(
     )
 
 
-def _plan_host(sizes: ModelSizes, host_memory, pinned_memory) -> tuple[HostPlan, list[str]]:
+def _plan_host(
+    sizes: ModelSizes, slots: SlotBudget | None, host_memory, pinned_memory
+) -> tuple[HostPlan, list[str]]:
     available = available_memory()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pinned, host = host_budget(
             host_memory, pinned_memory, sizes.experts_bytes, cuda=True, available=available
         )
-    tiers_LE = place(
-        sizes.moe_layers, sizes.num_experts, sizes.expert_bytes, pinned, host, on_disk=True
-    )
+    tiers_LE = []
+    if not _has_all_resident(slots, sizes):  # else the slots are their only home
+        tiers_LE = place(
+            sizes.moe_layers, sizes.num_experts, sizes.expert_bytes, pinned, host, on_disk=True
+        )
     counts = Counter(tier for tiers_E in tiers_LE for tier in tiers_E)
     experts = {tier.value: counts[tier] for tier in Tier}
     plan = HostPlan(
@@ -296,6 +300,10 @@ def _plan_host(sizes: ModelSizes, host_memory, pinned_memory) -> tuple[HostPlan,
     return plan, [str(warning.message) for warning in caught]
 
 
+def _has_all_resident(slots: SlotBudget | None, sizes: ModelSizes) -> bool:
+    return slots is not None and slots.total == sizes.moe_layers * sizes.num_experts
+
+
 def _reachable(slots: SlotBudget | None, sizes: ModelSizes) -> float:
     """Return the highest hit rate there can be: a token meets K different experts per layer."""
     if slots is None:
@@ -305,7 +313,7 @@ def _reachable(slots: SlotBudget | None, sizes: ModelSizes) -> float:
 
 def _slot_notes(slots: SlotBudget, sizes: ModelSizes, hit_rate: float) -> list[str]:
     pairs, reachable = sizes.top_k * sizes.moe_layers, _reachable(slots, sizes)
-    if slots.total == sizes.moe_layers * sizes.num_experts:
+    if _has_all_resident(slots, sizes):
         return ["every expert is resident: no expert ever moves"]
     if hit_rate > reachable:
         return [
@@ -324,7 +332,7 @@ def _count_traffic(
     disk_gbps: float,
 ) -> Traffic:
     pairs = sizes.top_k * sizes.moe_layers
-    if slots is not None and slots.total == sizes.moe_layers * sizes.num_experts:
+    if _has_all_resident(slots, sizes):
         hit_rate = 1.0
     else:
         hit_rate = min(assumed, _reachable(slots, sizes))

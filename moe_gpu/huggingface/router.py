@@ -6,9 +6,10 @@ import threading
 import torch
 from torch import nn
 
-from ..gate import MoEGate
+from ..gate import MoEGate, Routing
+from ..kernels.score_ref import score_ref
 from ..ranges import profiler_range
-from .experts import NAME, ExpertsLayer, NotCopyable
+from .experts import NAME, UNTRACEABLE, ExpertsLayer, NotCopyable, refuse_capture
 from .families import MoEBlock
 
 
@@ -39,19 +40,35 @@ class RoutedForward(NotCopyable):
         self._block, self._gate, self._layer, self._following = block, gate, layer, following
         self._addresses = [(name, slot.data_ptr()) for name, slot in slots.items()]
 
-    @torch.compiler.disable  # host decisions: traced, each new residency would be a new graph
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs):
         """Return ``(router_logits, weights, ids)`` for hidden states ``(..., D)``."""
         router = self._block.router
+        if self._layer.is_free_of_host(router, hidden_states):
+            hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+            return tuple(self._gate_of(hidden_TD, self._bias(*args, **kwargs)))
+        return self._route(hidden_states, self._bias(*args, **kwargs))
+
+    def _bias(self, e_score_correction_bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the correction bias of a call: some blocks hand theirs to the router."""
+        given = e_score_correction_bias
+        return self._block.bias() if given is None else given
+
+    def _gate_of(self, hidden_TD: torch.Tensor, bias_E: torch.Tensor | None) -> Routing:
+        return self._gate.route(self._block.logits(hidden_TD), correction_bias=bias_E)
+
+    # host decisions: traced, each new residency would be a new graph
+    @torch.compiler.disable(reason=UNTRACEABLE)
+    def _route(self, hidden_states, bias_E):
+        router = self._block.router
+        refuse_capture(hidden_states.device)
         self._check(router, self._block.experts)
         offloader = self._layer.offloader
         with profiler_range("moe_gpu::route"), offloader.lock:
             offloader.before_route(self._layer.layer)
             hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-            logits_TE = self._block.family.logits(router, hidden_TD)
-            routing = self._gate.route(logits_TE)
+            routing = self._gate_of(hidden_TD, bias_E)
             if self._layer.audit is not None:
-                self._layer.audit.draw(hidden_TD, routing)
+                self._layer.audit.draw(hidden_TD, routing, bias_E)
             self._layer.routed_by = threading.get_ident()
             self._predict(hidden_TD)
             return tuple(routing)
@@ -66,13 +83,19 @@ class RoutedForward(NotCopyable):
         ):
             return
         with torch.no_grad():
-            logits_TE = self._following.family.logits(self._following.router, hidden_TD)
-            offloader.predict(ahead, logits_TE.topk(self._gate.top_k, dim=-1).indices)
+            logits_TE = self._following.logits(hidden_TD).float()
+            # every layer of a model scores alike
+            scores = score_ref(logits_TE, self._gate.score_rule, self._following.bias())
+            score_TE = scores.selection_TE
+            if scores.candidate_TE is not None:
+                score_TE = score_TE.masked_fill(~scores.candidate_TE, -torch.inf)
+            offloader.predict(ahead, score_TE.topk(self._gate.top_k, dim=-1).indices)
 
     def _check(self, router: nn.Module, experts: nn.Module) -> None:
-        if router.training and torch.is_grad_enabled():
+        if router.training and torch.is_grad_enabled() and not self._layer.all_resident:
             raise RuntimeError(
-                "an attached model is for inference: call eval() or torch.no_grad(), or detach()"
+                "an attached model is for inference: call eval() or torch.no_grad(), or detach(); "
+                "it trains where every expert is resident: attach(..., resident=1.0), without verify"
             )
         # a config's own look-up runs Python code, which every layer and step would pay
         selected = object.__getattribute__(experts.config, "_experts_implementation_internal")

@@ -2,6 +2,9 @@
 
 The parameter objects stay the same ones throughout; only their data is exchanged. While attached,
 ``state_dict`` shows the full weights and ``load_state_dict`` is refused.
+
+Where every expert is resident there is nothing to exchange: the parameters are the slots
+(:class:`ResidentWeights`), and training, saving and loading work as without us.
 """
 
 from collections.abc import Callable
@@ -10,6 +13,8 @@ import torch
 from torch import nn
 
 from ..offload import ExpertLayout, ExpertStore
+from ..offload.tiers import Tier
+from .experts import LINE_BYTES
 from .families import MoEBlock
 
 
@@ -57,6 +62,7 @@ class ExpertWeights:
     """The expert weights of a model while they are in a store.
 
     Attributes:
+        all_resident: The parameters hold all experts; False here.
         store: Where the weights are.
         loaded: They came from files, not out of the model: giving them back needs new memory.
 
@@ -67,6 +73,8 @@ class ExpertWeights:
         loaded: See above; the model's expert parameters are on the meta device then.
     """
 
+    all_resident = False
+
     def __init__(
         self, model: nn.Module, blocks: list[MoEBlock], store: ExpertStore, loaded: bool = False
     ):
@@ -75,8 +83,17 @@ class ExpertWeights:
         self._taken: list[dict[str, tuple[torch.device, bool]]] = []
         self._hooks = []
 
-    def take(self) -> None:
-        """Move the weights into the store, layer by layer: one layer exists twice at a time."""
+    def read(self, progress: Callable[[int], None]) -> None:
+        """Read what a loaded model keeps in memory; ``progress`` is told of each expert's bytes."""
+        for layer in range(self.store.num_layers):
+            self.store.read(layer, progress)
+
+    def take(self, device: torch.device) -> None:
+        """Move the weights into the store, layer by layer: one layer exists twice at a time.
+
+        Args:
+            device: Where the model is to compute.
+        """
         if self.loaded:
             for block in self._blocks:
                 for name, parameter in expert_parameters(block).items():
@@ -108,6 +125,16 @@ class ExpertWeights:
         for name in sorted({name for block in self._blocks for name in _path_to_experts(block)}):
             module = self._model.get_submodule(name)
             self._hooks.append(module.register_load_state_dict_pre_hook(_refuse_load))
+
+    def slots(self) -> list[dict[str, torch.Tensor]] | None:
+        """Return the parameters that are the slots, by layer and name; None: there are none."""
+        return None
+
+    def host_bytes_to_give_back(self) -> int:
+        """Return the bytes of host memory that :meth:`give_back` needs for a loaded model."""
+        # layer by layer: what a layer has there goes when the whole layer has been copied
+        on_disk = self.store.home_bytes()[Tier.DISK.value]
+        return on_disk + self.store.num_experts * self.store.layout.expert_bytes
 
     def give_back(self) -> None:
         """Undo :meth:`take` and :meth:`show_slots`, as far as they got; can be called again."""
@@ -152,6 +179,104 @@ class ExpertWeights:
         return put_full_weights
 
 
+class ResidentWeights(ExpertWeights):
+    """The expert weights of a model that has a slot for each: they stay where they are.
+
+    The parameters are the slots. So they keep ``requires_grad`` and are saved, loaded and stepped
+    by optimizers as usual, and :meth:`give_back` returns what they hold by then.
+
+    Args:
+        model: As of :class:`ExpertWeights`.
+        blocks: Likewise.
+        store: Knows the layout, and the files of a loaded model; it is given up in
+            :meth:`take` for an empty one.
+        loaded: As of :class:`ExpertWeights`.
+    """
+
+    all_resident = True
+
+    def read(self, progress: Callable[[int], None]) -> None:
+        """Read all experts from the files, straight to the store's device."""
+        store, E = self.store, self.store.num_experts
+        row_B = torch.empty(store.layout.expert_bytes, dtype=torch.uint8)
+        rows = store.layout.views(row_B.unsqueeze(0))
+        for layer, block in enumerate(self._blocks):
+            full = {
+                name: _empty(E, *field.shape, dtype=field.dtype, device=store.device)
+                for name, field in store.layout.fields.items()
+            }
+            for expert in range(E):
+                store.files.read_into(layer, expert, 0, len(row_B), row_B)
+                store.files.drop_cache(layer, expert)
+                for name, row in rows.items():
+                    full[name][expert].copy_(row[0])
+                progress(len(row_B))
+            for name, weight in full.items():  # data on the meta device cannot be exchanged
+                block.experts._parameters[name] = nn.Parameter(weight)
+
+    def take(self, device: torch.device) -> None:
+        """Move the weights to the device, parameter by parameter.
+
+        Raises:
+            MemoryError: They do not fit there.
+        """
+        for block in self._blocks:
+            parameters = expert_parameters(block)
+            self._taken.append({n: (p.device, p.requires_grad) for n, p in parameters.items()})
+            for parameter in parameters.values():
+                parameter.data = _moved(parameter.data, device)
+        self.store.close()
+        L, E = self.store.num_layers, self.store.num_experts
+        self.store = ExpertStore(self.store.layout, L, E, device, tiers_LE=[[]] * L)
+
+    def show_slots(self, views_L: list[dict[str, torch.Tensor]]) -> None:
+        """Leave the parameters as they are."""
+
+    def slots(self) -> list[dict[str, torch.Tensor]]:
+        """Return the parameters that are the slots, by layer and name, without their gradients."""
+        return [
+            {name: parameter.detach() for name, parameter in expert_parameters(block).items()}
+            for block in self._blocks
+        ]
+
+    def host_bytes_to_give_back(self) -> int:
+        """Return the bytes of host memory that :meth:`give_back` needs for a loaded model."""
+        parameters = [p for block in self._blocks for p in expert_parameters(block).values()]
+        return sum(p.nbytes for p in parameters if p.device.type != "cpu")
+
+    def give_back(self) -> None:
+        """Undo :meth:`take`, as far as it got: what the parameters hold now goes home."""
+        while self._taken:
+            for name, parameter in expert_parameters(self._blocks[len(self._taken) - 1]).items():
+                device = torch.device("cpu") if self.loaded else self._taken[-1][name][0]
+                parameter.data = parameter.data.to(device)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(device)
+            self._taken.pop()
+        self.store.close()
+
+
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return new memory for a parameter; what does not fit is a ``MemoryError``."""
+    try:
+        return torch.empty(*shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU has no class for it
+        if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+            raise
+        raise MemoryError(
+            f"the experts do not all fit on {device}: ask for fewer slots or a smaller "
+            f"gpu_memory ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def _moved(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a weight on the device, contiguous, at the start of a line of memory."""
+    is_aligned = weight.is_contiguous() and weight.data_ptr() % LINE_BYTES == 0
+    if weight.device == device and is_aligned:
+        return weight
+    return _empty(*weight.shape, dtype=weight.dtype, device=device).copy_(weight)
+
+
 def _path_to_experts(block: MoEBlock) -> list[str]:
     """Return the names of the modules from the model, "", down to the experts."""
     parts = f"{block.name}.experts".lstrip(".").split(".")
@@ -159,7 +284,9 @@ def _path_to_experts(block: MoEBlock) -> list[str]:
 
 
 def _refuse_load(module, state_dict, prefix, *_):
-    raise RuntimeError("an attached model cannot load a state dict: detach() first")
+    raise RuntimeError(
+        "an attached model cannot load a state dict: detach() first, or attach(..., resident=1.0)"
+    )
 
 
 def _refuse_save(module, prefix, keep_vars):

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from .prefetch import Prefetcher, check_predictors
 from .read_ahead import ReadAhead
 from .slots import NONE, check_slots, warn_few_slots
 from .store import ExpertStore
-from .transfer import Transfer, make_transfer
+from .transfer import NoTransfer, Transfer, make_transfer
 
 STAGING_SLOTS = 2  # one computes while the next one's copy runs
 STREAM_PAIRS = 16  # routed pairs per expert from which a prefill surely needs them all; untuned
@@ -62,6 +62,8 @@ class ExpertOffloader:
         flights: Copies under way.
         eviction: The victim policy.
         views_L: Per layer, typed views ``(S, *shape)`` of its slots by parameter name.
+        all_resident: The slots are the ``weights_L`` that were given: nothing ever moves, and
+            expert e of each layer is in its slot e.
         lock: Held by whoever runs a step; the same thread may take it again.
 
     Args:
@@ -86,10 +88,14 @@ class ExpertOffloader:
         timers: On CUDA, measure how long compute waits for copies (the CPU always does).
         timeout_s: Bound of every wait, in seconds.
         link_gbps: On the CPU, simulate a link of so many 10^9 bytes per second.
+        weights_L: Per layer, tensors ``(E, *shape)`` by parameter name, on the state's device, that
+            are to be the slots of an offloader with a slot for every expert. The store may be
+            empty then.
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: An argument outside its bounds, or a state and a store that do not match.
+        ValueError: An argument outside its bounds, a state and a store that do not match, or
+            ``weights_L`` with a pool, with fewer slots than experts or with ``verify``.
         MemoryError: The slots do not fit on the device.
 
     Example:
@@ -118,6 +124,7 @@ class ExpertOffloader:
         timers: bool = False,
         timeout_s: float = 60.0,
         link_gbps: float | None = None,
+        weights_L: Sequence[Mapping[str, torch.Tensor]] | None = None,
     ):
         L, E = state.num_layers, state.num_experts
         if (store.num_layers, store.num_experts) != (L, E):
@@ -143,15 +150,24 @@ class ExpertOffloader:
         self.prefill, self.stream_prefill = prefill, stream_prefill
         self.bypass, self.verify = bypass, verify
         self.cache = Cache(L, E, slots, pool, self.eviction)
+        self.all_resident = weights_L is not None
         self._counts = Counts.of(L)
-        self._transfer = make_transfer(
-            store,
-            state.slot_of_LE,
-            self.cache.groups + [staging_slots] * (staging_slots > 0),
-            timers=timers,
-            timeout_s=timeout_s,
-            link_gbps=link_gbps,
-        )
+        if self.all_resident:
+            if pool or slots < E or staging_slots or verify:
+                raise ValueError(
+                    "weights_L needs a slot of its own for every expert, no staging slots and no "
+                    f"verify, got {slots=} of {E}, {pool=}, {staging_slots=}, {verify=}"
+                )
+            self._transfer = NoTransfer(weights_L, state.slot_of_LE, timeout_s=timeout_s)
+        else:
+            self._transfer = make_transfer(
+                store,
+                state.slot_of_LE,
+                self.cache.groups + [staging_slots] * (staging_slots > 0),
+                timers=timers,
+                timeout_s=timeout_s,
+                link_gbps=link_gbps,
+            )
         self.views_L = [self._transfer.views_G[0 if pool else layer] for layer in range(L)]
         self._pager = Pager(
             self._transfer.begin,
@@ -185,6 +201,16 @@ class ExpertOffloader:
         self._record_L: list[StepRecord | None] = [None] * L
         self.lock = threading.RLock()
         _offloaders.add(self)
+        if self.all_resident:
+            self._seat_everybody()
+
+    def _seat_everybody(self) -> None:
+        for layer, table in enumerate(self.cache.tables):
+            for expert in range(self.state.num_experts):
+                table.load(expert, expert)
+            self._view.changed.add(layer)
+        self._counts.filled = self.state.num_layers * self.state.num_experts
+        self._view.publish_all(())
 
     @property
     def num_slots(self) -> int:
@@ -528,7 +554,8 @@ class ExpertOffloader:
             self.cache,
             self.store.layout.expert_bytes,
             self._transfer.stalls_ms(),
-            superseded=self._reader.superseded,
+            # what is traced or captured runs without a step, and needs none
+            superseded=0 if self.all_resident else self._reader.superseded,
             staging_slots=len(self.flights.staging),
             home_bytes=self.store.home_bytes(),
             pin_refused_bytes=self.store.pin_refused_bytes,

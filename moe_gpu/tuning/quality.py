@@ -16,7 +16,8 @@ from ..adaptive import Adaptive
 from ..gate import MoEGate, Routing
 from ..huggingface.attached import AttachedMoE
 from ..huggingface.experts import ATTRIBUTE
-from ..huggingface.families import MoEBlock, find_blocks
+from ..huggingface.families import MoEBlock, find_blocks, score_arguments
+from ..kernels.score_ref import ScoreRule
 from ..policies import Exact, Policy, layer_strengths
 from .simulate import CacheRule, Choose, DecodeCaches, chooser, route_side_by_side
 
@@ -101,7 +102,7 @@ class Evaluation:
 
     Attributes:
         num_layers, num_experts, top_k: L, E and K of the model's MoE layers.
-        renormalize: Whether its mixing weights are a softmax over the executed experts.
+        score_rule: How its routers score.
         rows_NT: See below, int64.
 
     Args:
@@ -146,12 +147,23 @@ class Evaluation:
         self.num_layers = len(self._blocks)
         self.num_experts = self._blocks[0].router.num_experts
         self.top_k = self._blocks[0].router.top_k
-        self.renormalize = self._blocks[0].family.renormalize(self._blocks[0].router)
+        # a gate checks the rule; of one model, all layers score alike
+        first = MoEGate(
+            num_experts=self.num_experts, top_k=self.top_k, **score_arguments(self._blocks[0])
+        )
+        self.score_rule, self._weights_dtype = first.score_rule, first.weights_dtype
         self.rows_NT = rows_NT.long()
         self._model, self._segments = model, segments
         self._batch_rows = max(segments, batch_rows // segments * segments)
         self._device = next(model.parameters()).device
         self._reference: _Reference | None = None
+
+    def biases(self) -> torch.Tensor | None:
+        """Return the routers' correction biases, float32 ``(L, E)`` on the host, if they have any."""
+        biases = [block.bias() for block in self._blocks]
+        if biases[0] is None:
+            return None
+        return torch.stack([bias.detach().float().cpu() for bias in biases])
 
     @torch.no_grad()
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
@@ -287,9 +299,9 @@ class Evaluation:
                 logits_BTE = logits_TE.view(rows * len(jobs), -1, logits_TE.shape[-1])
                 choose = _chooser(jobs[0], self.top_k, strength_B1)
                 steps = self._route_layer(block, logits_BTE, jobs[0], choose, tally)
-                return Routing(
-                    logits_TE, steps.weights_BTK.flatten(0, 1), steps.ids_BTK.flatten(0, 1)
-                )
+                weights_TK = steps.weights_BTK.flatten(0, 1)
+                weights_TK = weights_TK.to(self._weights_dtype or logits_TE.dtype)
+                return Routing(logits_TE, weights_TK, steps.ids_BTK.flatten(0, 1))
 
             return route
 
@@ -345,7 +357,8 @@ class Evaluation:
             self.top_k,
             choose,
             caches,
-            block.family.renormalize(block.router),
+            self.score_rule,
+            block.bias(),
         )
         tally.add(steps)
         return steps
@@ -354,7 +367,7 @@ class Evaluation:
 def _forward_of(block: MoEBlock, route):
     def forward(hidden_states, *_, **__):
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return tuple(route(block.family.logits(block.router, hidden_TD)))
+        return tuple(route(block.logits(hidden_TD)))
 
     return forward
 
@@ -374,13 +387,16 @@ def _routed_by(gates: list[MoEGate], routes: list):
 
         return route_and_tell
 
+    rules = [gate.score_rule for gate in gates]
     for gate, route in zip(gates, routes, strict=True):
         gate.route = forced(gate, route)
+        gate.score_rule = ScoreRule()  # no group may keep out who was chosen
     try:
         yield
     finally:
-        for gate in gates:
+        for gate, rule in zip(gates, rules, strict=True):
             del gate.route
+            gate.score_rule = rule
 
 
 class _Tally:

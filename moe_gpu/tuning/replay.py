@@ -169,9 +169,10 @@ def _approximate(trace, slots, policy, cache) -> torch.Tensor:
     """Return the hits of each row where lower layers' swaps change nothing above."""
     strengths_L = layer_strengths(policy, trace.num_layers)
     hits_N = torch.zeros(trace.rows, dtype=torch.int64)
-    for logits_NTE, strength in zip(trace.logits_LNTE, strengths_L, strict=True):
+    layers = zip(trace.logits_LNTE, trace.biases(), strengths_L, strict=True)
+    for logits_NTE, bias_E, strength in layers:
         caches = DecodeCaches(trace.rows, trace.num_experts, slots, cache)
         choose = chooser(policy, trace.top_k, strength if policy.rule != Rule.EXACT else 0.0)
-        steps = route_side_by_side(logits_NTE, trace.top_k, choose, caches, trace.renormalize)
+        steps = route_side_by_side(logits_NTE, trace.top_k, choose, caches, trace.rule, bias_E)
         hits_N += trace.tokens * trace.top_k - steps.loads_BT.sum(1)
     return hits_N

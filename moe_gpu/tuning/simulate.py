@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..kernels.route_ref import SIMILARITY, Selection, age_affinity_ref, mixing_weights, select_ref
+from ..kernels.route_ref import SIMILARITY, Selection, age_affinity_ref, select_ref
+from ..kernels.score_ref import ScoreRule, Scores, mixing_weights, score_ref
 from ..offload.eviction import DEFAULT, POLICIES
 from ..policies import Policy
 
@@ -136,8 +137,8 @@ class DecodeCaches:
         return order_XE.gather(1, by_value_XE)
 
 
-# (scores (B, E) float32, residents (B, E) bool) -> who is wanted and who is executed
-Choose = Callable[[torch.Tensor, torch.Tensor], Selection]
+# (scores (B, E), residents (B, E) bool) -> who is wanted and who is executed
+Choose = Callable[[Scores, torch.Tensor], Selection]
 
 
 def chooser(policy: Policy, top_k: int, strength: float | torch.Tensor) -> Choose:
@@ -149,8 +150,10 @@ def chooser(policy: Policy, top_k: int, strength: float | torch.Tensor) -> Choos
         strength: Bonus or budget in force, a number or ``(B, 1)``.
     """
 
-    def choose(scores_BE, resident_BE):
-        return select_ref(scores_BE, resident_BE, top_k, policy.rule, strength, policy.protect)
+    def choose(scores, resident_BE):
+        s_BE, mass_BE, candidate_BE = scores
+        how = (policy.rule, strength, policy.protect)
+        return select_ref(s_BE, resident_BE, top_k, *how, mass_BE, candidate_BE)
 
     return choose
 
@@ -172,7 +175,8 @@ def route_side_by_side(
     top_k: int,
     choose: Choose,
     caches: DecodeCaches,
-    renormalize: bool = True,
+    rule: ScoreRule = ScoreRule(),  # noqa: B008 - frozen dataclass
+    bias_E: torch.Tensor | None = None,
 ) -> Steps:
     """Route T tokens of B rows in order.
 
@@ -181,7 +185,8 @@ def route_side_by_side(
         top_k: K.
         choose: The policy.
         caches: The rows' caches; advanced.
-        renormalize: As in :class:`~moe_gpu.gate.MoEGate`.
+        rule: How the router scores.
+        bias_E: Its correction bias, ``(E,)``.
     """
     B, T, E = logits_BTE.shape
     device = logits_BTE.device
@@ -189,32 +194,38 @@ def route_side_by_side(
     demand_BTK = torch.empty_like(ids_BTK)
     loads_BT = torch.empty(B, T, dtype=torch.int64, device=device)
     moved_BT = torch.empty(B, T, device=device)
-    scores_BTE = logits_BTE.float()
+    logits_BTE = logits_BTE.float()
+    scores = Scores(
+        *(
+            None if part is None else part.unflatten(0, (B, T))
+            for part in score_ref(logits_BTE.flatten(0, 1), rule, bias_E)
+        )
+    )
     for t in range(T):
-        picked = choose(scores_BTE[:, t], caches.resident_BE)
+        now = Scores(*(None if part is None else part[:, t] for part in scores))
+        picked = choose(now, caches.resident_BE)
         needed_BE, demand_BE = _mark(picked.ids_TK, E), _mark(picked.demand_TK, E)
         loads_BT[:, t] = caches.use(needed_BE, demand_BE)
         ids_BTK[:, t], demand_BTK[:, t] = picked.ids_TK, picked.demand_TK
         moved_BT[:, t] = picked.moved_T
 
     def weigh(ids_BTK):
-        weights = mixing_weights(scores_BTE.flatten(0, 1), ids_BTK.flatten(0, 1), renormalize)
+        weights = mixing_weights(logits_BTE.flatten(0, 1), ids_BTK.flatten(0, 1), rule)
         return weights.unflatten(0, (B, T))
 
     def spread(ids_BTK, weights_BTK):
-        return torch.zeros_like(scores_BTE).scatter_(2, ids_BTK, weights_BTK)
+        return torch.zeros_like(logits_BTE).scatter_(2, ids_BTK, weights_BTK)
 
     weights_BTK = weigh(ids_BTK)
     l1_BT = (spread(ids_BTK, weights_BTK) - spread(demand_BTK, weigh(demand_BTK))).abs().sum(2)
     same_BTKK = ids_BTK[..., None] == demand_BTK[..., None, :]
     came_BTK, left_BTK = ~same_BTKK.any(-1), ~same_BTKK.any(-2)
-    price_BT = _squared_prices(scores_BTE, demand_BTK, left_BTK, ids_BTK, came_BTK)
+    price_BT = _squared_prices(scores.mass_TE, demand_BTK, left_BTK, ids_BTK, came_BTK)
     return Steps(weights_BTK, ids_BTK, loads_BT, came_BTK.sum(2), moved_BT, l1_BT, price_BT)
 
 
-def _squared_prices(scores_BTE, demand_BTK, left_BTK, ids_BTK, came_BTK) -> torch.Tensor:
+def _squared_prices(mass_BTE, demand_BTK, left_BTK, ids_BTK, came_BTK) -> torch.Tensor:
     """Sum what Rule.OUTPUT would ask for the swaps, the worst that left with the best that came."""
-    mass_BTE = (scores_BTE - scores_BTE.amax(2, keepdim=True)).exp()
     demand_mass_BTK = mass_BTE.gather(2, demand_BTK)
     share_BTK = demand_mass_BTK / demand_mass_BTK.sum(2, keepdim=True)
     out_BTK = torch.where(left_BTK, share_BTK, torch.inf).sort(2).values

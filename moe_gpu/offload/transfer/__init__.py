@@ -1,7 +1,7 @@
 """The mechanism: slot memory on the device, and copies into it in the right order.
 
 :class:`Transfer` moves real bytes on the CPU at once, :class:`SimulatedLink` at the pace of a
-link, :class:`StreamTransfer` on a CUDA device's copy engine.
+link, :class:`StreamTransfer` on a CUDA device's copy engine, :class:`NoTransfer` none at all.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from ..store import ExpertStore
 from .host import Transfer
 from .link import SimulatedLink
 from .streams import StreamTransfer
+from .whole import NoTransfer
 
-__all__ = ["SimulatedLink", "StreamTransfer", "Transfer", "make_transfer"]
+__all__ = ["NoTransfer", "SimulatedLink", "StreamTransfer", "Transfer", "make_transfer"]
 
 
 def make_transfer(

@@ -1,0 +1,187 @@
+"""Device functions of the route kernel: from logits to keys and masses, and to weights at the end.
+
+``kernels/score_ref.py`` is the definition. Where the selection score is the logit itself, the key
+of an expert holds its mass too (``exp(s - top)``), and no tile of masses is kept. Where the two
+differ (``SPLIT``: sigmoid, or a correction bias) there is one, ``mass_te``; elsewhere it is unused.
+"""
+
+import triton
+import triton.language as tl
+
+from ._keys import NONFINITE, TAKEN, best_of, finite_or_zero, key_score, order_key, sum_of, value_at
+from .score_ref import SIGMOID_EPS
+
+# Score values of score_ref.py; constexpr here because a kernel cannot read an enum
+SOFTMAX = tl.constexpr(0)
+SIGMOID = tl.constexpr(1)
+SPARSEMIXER = tl.constexpr(2)
+_TOP2_SUM = tl.constexpr(0)
+_EPS = tl.constexpr(SIGMOID_EPS)
+
+
+@triton.jit
+def capped(x, softcap):
+    """``softcap * tanh(x / softcap)``; what is not finite stays so."""
+    u = x / softcap
+    square = u * u
+    # near zero the quotient below cancels. Relative error under 2e-8 for |u| < 1/4
+    series = square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0)))
+    small = u * (1.0 + square * (-1.0 / 3.0) + square * series)
+    t = tl.exp(-2.0 * tl.abs(u))
+    large = (1.0 - t) / (1.0 + t)
+    large = tl.where(u < 0.0, -large, large)
+    bounded = softcap * tl.where(square < 0.0625, small, large)
+    return tl.where(order_key(x) == NONFINITE, x, bounded)
+
+
+@triton.jit
+def _sum_of_units(share_te):
+    """Row sums of values in [0, 1]."""
+    # in units of 2**-32: an integer sum has the same bits in every order, and the order follows
+    # from the tile and the strides
+    units_te = (share_te * 4294967296.0).to(tl.int64)
+    return tl.sum(units_te, axis=1).to(tl.float32) * (1.0 / 4294967296.0)
+
+
+@triton.jit
+def scored(x_te, bias_e, mask_e, SCORE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Keys of the selection scores, TAKEN where there is no expert, and with SPLIT the masses."""
+    key_te = tl.where(mask_e[None, :], order_key(x_te), TAKEN)
+    mass_te = x_te
+    if SCORE == SIGMOID:
+        mass_te = tl.where(key_te > NONFINITE, 1.0 / (1.0 + tl.exp(-x_te)), 0.0)
+    elif HAS_BIAS:
+        top_t = finite_or_zero(key_score(tl.max(key_te, axis=1)))
+        mass_te = tl.where(key_te > NONFINITE, tl.exp(x_te - top_t[:, None]), 0.0)
+        total_t = _sum_of_units(mass_te)
+        mass_te = mass_te / tl.where(total_t > 0.0, total_t, 1.0)[:, None]
+    if SCORE == SIGMOID or HAS_BIAS:
+        selection_te = mass_te
+        if HAS_BIAS:
+            selection_te = selection_te + bias_e[None, :]
+        key_te = tl.where(key_te > NONFINITE, order_key(selection_te), key_te)
+    return key_te, mass_te
+
+
+@triton.jit
+def in_best_groups(
+    key_te, code_te, offs_e, E: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUP_SCORE: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Whether an expert is in one of the groups that its token may visit."""
+    group_e = offs_e // (E // NUM_GROUPS)
+    offs_g = tl.arange(0, BLOCK_G)
+    group_tg = tl.full([key_te.shape[0], BLOCK_G], TAKEN, tl.int32)
+    # a loop that is not unrolled: eight groups would make the kernel five times as long to compile
+    for g in range(NUM_GROUPS):
+        own_te = tl.where((group_e == g)[None, :], key_te, TAKEN)
+        score_t, code_t = best_of(own_te, code_te)
+        if GROUP_SCORE == _TOP2_SUM:
+            rest_te = tl.where(code_te == code_t[:, None], TAKEN, own_te)
+            score_t = order_key(key_score(score_t) + key_score(tl.max(rest_te, axis=1)))
+        group_tg = tl.where((offs_g == g)[None, :], score_t[:, None], group_tg)
+    own_tg1 = group_tg[:, :, None]
+    other_t1g = group_tg[:, None, :]
+    is_lower_gg = offs_g[None, :] < offs_g[:, None]
+    before_tgg = (other_t1g > own_tg1) | ((other_t1g == own_tg1) & is_lower_gg[None, :, :])
+    before_tg = tl.sum(before_tgg.to(tl.int32), axis=2)
+    bits_t = tl.sum(tl.where(before_tg < TOP_GROUPS, 1 << offs_g[None, :], 0), axis=1)
+    # padded columns, beyond the last group, have no key anyway
+    return ((bits_t[:, None] >> tl.minimum(group_e, 31)[None, :]) & 1) == 1
+
+
+@triton.jit
+def mass_of(key_t, code_t, mass_te, code_te, top_t, SPLIT: tl.constexpr):
+    """The mass of one expert per row."""
+    if SPLIT:
+        mass_t = value_at(mass_te, code_te, code_t)
+    else:
+        mass_t = tl.exp(key_score(key_t) - top_t)  # 0 for a non-finite score: its key is -inf's
+    return mass_t
+
+
+@triton.jit
+def masses_of(keys, codes, mass_te, code_te, top_t, K: tl.constexpr, SPLIT: tl.constexpr):
+    masses = ()
+    for k in tl.static_range(K):
+        masses = masses + (mass_of(keys[k], codes[k], mass_te, code_te, top_t, SPLIT),)
+    return masses
+
+
+@triton.jit
+def row_mass_of(x_te, key_te, top_t):
+    """The softmax mass of all experts of a row, candidates or not."""
+    return _sum_of_units(tl.where(key_te <= NONFINITE, 0.0, tl.exp(x_te - top_t[:, None])))
+
+
+@triton.jit
+def _sparsemixer_weight(x_te, key_te, code_te, key_t, code_t, far_eps):
+    own_t = key_score(key_t)
+    own_t1 = own_t[:, None]
+    after_te = (key_te < key_t[:, None]) | (
+        (key_te == key_t[:, None]) & (code_te >= code_t[:, None])
+    )
+    far_te = (own_t1 - x_te) / tl.maximum(tl.abs(x_te), own_t1) > far_eps
+    near_te = after_te & (far_te == 0) & (key_te > NONFINITE) & (key_t > NONFINITE)[:, None]
+    total_t = _sum_of_units(tl.where(near_te, tl.exp(x_te - own_t1), 0.0))
+    return tl.where(total_t > 0.0, 1.0 / tl.where(total_t > 0.0, total_t, 1.0), 0.0)
+
+
+@triton.jit
+def mixing_weights_of(
+    x_te, key_te, mass_te, code_te, keys, codes, top_t, scaling_factor, far_eps,
+    K: tl.constexpr, SCORE: tl.constexpr, SPLIT: tl.constexpr, RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Weights of the K experts in ``keys``; uniform where no score is finite.
+
+    ``key_te`` has a key for every expert, candidate or not, and ``top_t`` is the best of the row.
+    """
+    weights = ()
+    if SCORE == SOFTMAX and RENORMALIZE and K == 2 and not SPLIT:
+        # softmax of two: one exponential. A row with nothing finite has ratio 1
+        best_t = key_score(keys[0])
+        gap_t = tl.where(best_t == -float("inf"), 0.0, key_score(keys[1]) - best_t)
+        ratio_t = tl.exp(gap_t)
+        weights = (1.0 / (1.0 + ratio_t), ratio_t / (1.0 + ratio_t))
+    elif SCORE == SPARSEMIXER:
+        for k in tl.static_range(K):
+            weight_t = _sparsemixer_weight(x_te, key_te, code_te, keys[k], codes[k], far_eps)
+            weights = weights + (tl.where(keys[0] == NONFINITE, 1.0 / K, weight_t),)
+    else:
+        masses = ()
+        if SCORE == SOFTMAX and RENORMALIZE:
+            if SPLIT:  # ranked by something else: back to the logits
+                best_t = tl.full(keys[0].shape, NONFINITE, tl.int32)
+                logit_keys = ()
+                for k in tl.static_range(K):
+                    key_t = order_key(value_at(x_te, code_te, codes[k]))
+                    logit_keys = logit_keys + (key_t,)
+                    best_t = tl.maximum(best_t, key_t)
+                top_t = finite_or_zero(key_score(best_t))
+                masses = masses_of(logit_keys, codes, mass_te, code_te, top_t, K, False)
+            else:
+                # relative to the best executed score: relative to the best of the row, every
+                # weight could underflow once the top expert has been swapped away
+                top_t = finite_or_zero(key_score(keys[0]))
+                masses = masses_of(keys, codes, mass_te, code_te, top_t, K, False)
+            total_t = sum_of(masses, K)
+        else:
+            masses = masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT)
+            total_t = sum_of(masses, K)
+            if SCORE == SOFTMAX and not SPLIT:
+                total_t = row_mass_of(x_te, key_te, top_t)
+        dead_t = total_t <= 0.0
+        if SCORE == SOFTMAX and SPLIT and not RENORMALIZE:
+            scale_t = tl.full(total_t.shape, 1.0, tl.float32)
+        elif SCORE == SIGMOID and not RENORMALIZE:
+            scale_t = tl.full(total_t.shape, 1.0, tl.float32)
+        elif SCORE == SIGMOID:
+            scale_t = 1.0 / (total_t + _EPS)
+        else:
+            scale_t = 1.0 / tl.where(dead_t, 1.0, total_t)
+        for k in tl.static_range(K):
+            weights = weights + (tl.where(dead_t, 1.0 / K, masses[k] * scale_t),)
+    scaled = ()
+    for k in tl.static_range(K):
+        scaled = scaled + (weights[k] * scaling_factor,)
+    return scaled

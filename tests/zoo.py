@@ -1,0 +1,148 @@
+"""Small random models of every family that attaches: two layers that run in milliseconds.
+
+A family is a row of :data:`ZOO`; what its config says beyond :data:`COMMON` makes it use what only
+that family has: groups of experts, correction biases, shared experts, layers without attention.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VOCAB, WIDTH, LAYERS = 97, 32, 2
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,  # experts that differ: a wrong one shows
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+# experts by the name that a config gives them
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+GROUPS = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+
+ALL_DENSE = {"first_k_dense_replace": 0}  # no dense layer before the first MoE layer
+SPARSE = {"mlp_layer_types": ["sparse"] * LAYERS}
+HEADS = {"head_dim": 8}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+INDEXED = LATENT | {"index_n_heads": 2, "index_head_dim": 8}
+DELTA = {
+    "shared_expert_intermediate_size": 40,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+} | HEADS
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the zoo.
+
+    Attributes:
+        name: Of the row, and ``model_type`` of the config.
+        config: Its class in transformers.
+        arguments: Of the config, beside :data:`COMMON`.
+        variants: Further settings of the router, by name: what else it can be told to do.
+        router_logits: Whether the model returns them and an auxiliary loss on request.
+        no_static_cache: Why it cannot generate with a static cache, stock or attached.
+        in_full: Goes through every check; others, whose router is one of these under another
+            name, through those that a new family can fail.
+    """
+
+    name: str
+    config: str
+    arguments: dict[str, object]
+    variants: dict[str, dict[str, object]] = field(default_factory=dict)
+    router_logits: bool = True
+    no_static_cache: str = ""
+    in_full: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_available(self) -> bool:
+        """Whether the installed transformers knows the family."""
+        return hasattr(transformers, self.config)
+
+    def make_config(self, **changes) -> transformers.PreTrainedConfig:
+        """Return the small config of the family."""
+        return getattr(transformers, self.config)(**COMMON | self.arguments | changes)
+
+    def make_model(
+        self, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+    ) -> PreTrainedModel:
+        """Return a random model in eval mode, all its biases different from zero."""
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(self.make_config(**changes))
+        for name, tensor in model.state_dict().items():
+            if "bias" in name.rpartition(".")[2]:
+                tensor.normal_(std=0.3)
+        return model.to(dtype).eval()
+
+
+RENORMALIZED = {"renormalized": {"norm_topk_prob": True}, "not": {"norm_topk_prob": False}}
+IN_GROUPS = RENORMALIZED | {"one group": {"n_group": 1, "topk_group": 1}}
+
+
+def _in_full(*arguments, **options) -> Family:
+    return Family(*arguments, in_full=True, **options)
+
+
+ROWS = [
+    _in_full("mixtral", "MixtralConfig", LOCAL),
+    _in_full(
+        "qwen2_moe", "Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 40},
+        RENORMALIZED,
+    ),
+    _in_full("qwen3_moe", "Qwen3MoeConfig", EXPERTS | HEADS, RENORMALIZED),
+    _in_full("qwen3_next", "Qwen3NextConfig", EXPERTS | DELTA, RENORMALIZED),
+    _in_full("olmoe", "OlmoeConfig", EXPERTS, RENORMALIZED),
+    _in_full("phimoe", "PhimoeConfig", LOCAL, {"far": {"router_jitter_noise": 0.5}}),
+    _in_full(
+        "deepseek_v2", "DeepseekV2Config",
+        GROUPS | LATENT | ALL_DENSE | {"topk_method": "group_limited_greedy"},
+        {"greedy": {"topk_method": "greedy"}},
+        router_logits=False,
+    ),
+    _in_full(
+        "deepseek_v3", "DeepseekV3Config", GROUPS | LATENT | ALL_DENSE, IN_GROUPS,
+        router_logits=False,
+    ),
+    _in_full(
+        "glm4_moe", "Glm4MoeConfig", GROUPS | HEADS | ALL_DENSE, IN_GROUPS, router_logits=False
+    ),
+    _in_full("gpt_oss", "GptOssConfig", LOCAL | HEADS | {"rope_parameters": None}),
+    _in_full("granitemoe", "GraniteMoeConfig", LOCAL),
+    _in_full("minimax_m2", "MiniMaxM2Config", LOCAL | HEADS),
+]  # fmt: skip
+
+ZOO = {family.name: family for family in ROWS}
+AVAILABLE = [family for family in ROWS if family.is_available]
