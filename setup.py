@@ -43,6 +43,7 @@ setup(
         "metrics": ["prometheus-client>=0.20"],
         "profile": ["tensorboard>=2.20", "torch-tb-profiler>=0.4.3"],
         "dev": [
+            "accelerate",  # transformers asks for it where a model is split or sharded
             "hypothesis",
             "matplotlib",
             "packaging",

@@ -149,8 +149,10 @@ def route(
             score_rule.num_groups, score_rule.top_groups, int(score_rule.group_score),
             score_rule.softcap, score_rule.jitter_eps,
         )  # fmt: skip
-    # the dispatcher costs more than the launch it leads to; only a traced graph needs it
-    if torch.compiler.is_compiling():
+    # the dispatcher costs more than the launch it leads to; only a traced graph needs it, and
+    # tensors without values (meta, FakeTensor), of which only shapes come out
+    has_no_values = logits_TE.is_meta or type(args[0]) is not torch.Tensor
+    if torch.compiler.is_compiling() or has_no_values:
         torch.ops.moe_gpu.route_(*args)
     else:
         _route(*args)

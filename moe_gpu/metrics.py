@@ -1,6 +1,7 @@
 """What a gate, or a model with an offloader, has done so far."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -119,6 +120,22 @@ class OffloadMetrics:
         """
         layers = [asdict(layer) | {"hit_rate": layer.hit_rate} for layer in self.layers]
         return asdict(self) | {"layers": layers, "prefetch_accuracy": self.prefetch_accuracy}
+
+
+def total_of(figures: Sequence[OffloadMetrics]) -> OffloadMetrics:
+    """Return the sums of several offloaders' figures; of layers, one after the other."""
+    if len(figures) == 1:
+        return figures[0]
+    totals = {}
+    for name in vars(figures[0]):
+        values = [getattr(one, name) for one in figures]
+        if any(value is None for value in values):
+            totals[name] = None
+        elif isinstance(values[0], dict):
+            totals[name] = {key: sum(value[key] for value in values) for key in values[0]}
+        else:
+            totals[name] = sum(values[1:], values[0])
+    return OffloadMetrics(**totals)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,7 @@ def test_weights(change, message):
 def test_a_model_in_two_places():
     model = make_model()
     model.lm_head.to("meta")
-    with pytest.raises(ValueError, match="model must be on one device, got cpu, meta"):
+    with pytest.raises(ValueError, match=r"on one device, or be split by .*device_map=.*got cpu, meta"):
         moe_gpu.attach(model, slots=2)
 
 
@@ -195,14 +195,15 @@ def test_a_failure_in_the_middle_changes_nothing(monkeypatch):
     text = text_of(model, ids)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = snapshot(model)
-    for name in ("ExpertOffloader", "RoutedForward", "ExpertsLayer", "switch_on"):
+    steps = {"ExpertOffloader": "part", "RoutedForward": "part", "ExpertsLayer": "part"}
+    for name, module in (steps | {"switch_on": "attached"}).items():
         with monkeypatch.context() as patch:
 
             def fails(*_, **__):
                 raise MemoryError("no room for slots")
 
             # the package exports a function of the module's name
-            patch.setattr(importlib.import_module("moe_gpu.huggingface.attached"), name, fails)
+            patch.setattr(importlib.import_module(f"moe_gpu.huggingface.{module}"), name, fails)
             with pytest.raises(MemoryError, match="no room"):
                 moe_gpu.attach(model, slots=2)
         assert snapshot(model) == before

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib
 import inspect
 import json
 import os
@@ -34,6 +35,7 @@ from moe_gpu.offload.tiers import Tier
 from moe_gpu.offload.transfer import SimulatedLink, Transfer
 
 ATTACHED, LOAD = (inspect.getmodule(function) for function in (moe_gpu.AttachedMoE, moe_gpu.load))
+PART = importlib.import_module("moe_gpu.huggingface.part")
 TOTAL = LAYERS * EXPERTS * EXPERT_BYTES  # of float32 experts
 W1 = "model.layers.{}.block_sparse_moe.experts.{}.w1.weight"
 
@@ -587,7 +589,7 @@ def test_a_failure_leaves_nothing_half(where, tmp_path, monkeypatch):
             def interrupted(*_, **__):
                 raise KeyboardInterrupt
 
-            patch.setattr(ATTACHED, "RoutedForward", interrupted)
+            patch.setattr(PART, "RoutedForward", interrupted)
         error, message = fails["error"]
         give_backs = []
         patch.setattr(

@@ -279,7 +279,6 @@ def test_to_empty_of_a_state_with_values_keeps_them():
     assert_same(tensors_of(gate.state), before)
 
 
-@pytest.mark.xfail(reason="kernels/route.py runs the reference on tensors without values")
 @pytest.mark.parametrize("where", ["meta", "fake"])
 def test_shapes_come_out_of_a_device_without_values(where):
     mode = FakeTensorMode() if where == "fake" else torch.device("meta")

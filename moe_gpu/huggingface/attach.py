@@ -1,7 +1,7 @@
 """Attach the gate and the offloader to a transformers model."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +14,13 @@ from ..offload.eviction import DEFAULT
 from ..offload.residency import Residency
 from ..offload.slots import warn_few_slots
 from ..offload.tiers import Tier, available_memory, host_budget, place
-from ..policies import Policy, QualityBudget
+from ..policies import Policy, QualityBudget, layer_strengths
 from ..state import RouterState
 from .attached import AttachedMoE, refuse_closed
 from .experts import ATTRIBUTE
 from .families import MoEBlock, find_blocks, score_arguments
 from .options import Options, SlotChoice, refuse_unknown
+from .part import DevicePart, device_of, policy_of, split
 from .weights import ExpertWeights, ResidentWeights, common_layout
 
 # what load() takes beside the arguments of attach()
@@ -76,7 +77,8 @@ def attach(
     Exactly one of ``slots``, ``resident`` and ``gpu_memory`` says how many experts stay.
 
     Args:
-        model: A ``PreTrainedModel`` with MoE layers of a known family, all on one device.
+        model: A ``PreTrainedModel`` with MoE layers of a known family, on one device, or split over
+            several by transformers' ``device_map``: each MoE layer then stays where it is.
         slots: Experts per layer on the device, in [1, E].
         resident: The same as a share of E in (0, 1], rounded down, or as an int.
         gpu_memory: Bytes, or text such as ``"20GiB"``, for all of: dense weights, KV cache of
@@ -147,28 +149,50 @@ def attach(
     if any(block.router.__dict__.get("forward") is refuse_closed for block in blocks):
         refuse_closed()
     layout, num_experts = common_layout(blocks)
-    own_device = _only_device(model)
+    refuse_sharded(model, blocks)
+    parts = split(blocks)
+    own_device = _only_device(model, parts)
     options = Options(**options)
-    choice = options.choose_slots(model, blocks, layout, num_experts)
+    if own_device is None:
+        _check_split(options, device)
+    choices = [
+        options.choose_slots(model, [blocks[number] for number in numbers], layout, num_experts)
+        for numbers in parts
+    ]
+    layer_strengths(options.policy, len(blocks))
     kept = None
     if residency is not None:
         kept = Residency.load(residency)
         kept.check(len(blocks), num_experts)
 
-    device = torch.device(own_device if device is None else device)
-    all_resident, tiers_LE = options.is_all_resident(choice, num_experts), None
-    if not all_resident:
-        tiers_LE = _choose_homes(model, len(blocks), num_experts, layout, device, options, kept)
+    all_resident = all(options.is_all_resident(choice, num_experts) for choice in choices)
     # tensors made in inference mode could not be written outside it
     with torch.inference_mode(False), torch.no_grad():
-        gates = make_gates(blocks, num_experts, options, device)
-        store = ExpertStore(
-            layout, len(blocks), num_experts, gates[0].state.slot_of_LE.device, tiers_LE=tiers_LE
-        )
-        weights = (ResidentWeights if all_resident else ExpertWeights)(model, blocks, store)
-        moe = AttachedMoE(model, blocks, gates, weights, own_device)
-        moe._attach(choice, options, kept)
-    warn_of_few_slots(choice, blocks)
+        devices = [
+            torch.device(device_of(blocks[numbers[0]]) if device is None else device)
+            for numbers in parts
+        ]
+        tiers_LE = [None] * len(blocks)
+        if not all_resident:
+            cuda = any(found.type == "cuda" for found in devices)
+            tiers_LE = _choose_homes(model, len(blocks), num_experts, layout, cuda, options, kept)
+        weigh = ResidentWeights if all_resident else ExpertWeights
+        made = []
+        for numbers, choice, place_of_part in zip(parts, choices, devices, strict=True):
+            own = [blocks[number] for number in numbers]
+            gates = make_gates(own, num_experts, options, place_of_part, numbers)
+            store = ExpertStore(
+                layout,
+                len(own),
+                num_experts,
+                gates[0].state.slot_of_LE.device,
+                tiers_LE=None if all_resident else [tiers_LE[number] for number in numbers],
+            )
+            made.append(DevicePart(numbers, own, gates, weigh(model, own, store), choice))
+        moe = AttachedMoE(model, made, own_device)
+        moe._attach(options, kept)
+    for part in made:
+        warn_of_few_slots(part.choice, part.blocks)
     return moe
 
 
@@ -177,13 +201,13 @@ def _choose_homes(
     num_layers: int,
     num_experts: int,
     layout: ExpertLayout,
-    device: torch.device,
+    cuda: bool,
     options: Options,
     kept: Residency | None,
 ) -> list[list[Tier]]:
     """Return where each expert of a model that is attached has its home."""
     total = num_layers * num_experts * layout.expert_bytes
-    cuda, pinned = device.type == "cuda", options.pinned_bytes
+    pinned = options.pinned_bytes
     if pinned is not None:  # page-locked memory that the CPU computes from would be wasted
         pinned = min(pinned, total) if cuda else 0
     pinned, _ = host_budget(total, pinned, total, cuda=cuda, available=_memory_for(model, total))
@@ -194,10 +218,24 @@ def _choose_homes(
 
 
 def make_gates(
-    blocks: list[MoEBlock], num_experts: int, options: Options, device: torch.device
+    blocks: list[MoEBlock],
+    num_experts: int,
+    options: Options,
+    device: torch.device,
+    numbers: Sequence[int],
 ) -> list[MoEGate]:
-    """Return a gate per block, all with one new state on the device."""
+    """Return a gate per block, all with one new state on the device.
+
+    Args:
+        blocks: Of one device.
+        num_experts: E.
+        options: As the user gave them.
+        device: Where they route.
+        numbers: Which of the model's MoE layers they are.
+    """
     state = RouterState(len(blocks), num_experts, device=device)
+    of_gates = options.of_gates()
+    of_gates["policy"] = policy_of(options.policy, numbers)
     return [
         MoEGate(
             num_experts=num_experts,
@@ -205,7 +243,7 @@ def make_gates(
             **score_arguments(block),
             state=state,
             layer=layer,
-            **options.of_gates(),
+            **of_gates,
         )
         for layer, block in enumerate(blocks)
     ]
@@ -230,10 +268,58 @@ def _memory_for(model: nn.Module, expert_bytes: int) -> int | None:
     return free if free is None or not on_host else free + expert_bytes
 
 
-def _only_device(model: nn.Module) -> torch.device:
-    """Return the device that the whole model is on."""
+def _only_device(model: nn.Module, parts: list[list[int]]) -> torch.device | None:
+    """Return the device that the whole model is on; None where a ``device_map`` has split it.
+
+    Raises:
+        ValueError: On several devices without a ``device_map``, by which inputs follow.
+    """
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
-    if len(devices) != 1:
+    if len(devices) == 1:
+        return devices.pop()
+    if getattr(model, "hf_device_map", None) is None:
         names = ", ".join(sorted(str(device) for device in devices))
-        raise ValueError(f"model must be on one device, got {names}")
-    return devices.pop()
+        raise ValueError(
+            f"model must be on one device, or be split by from_pretrained(device_map=...), got {names}"
+        )
+    return None
+
+
+def _check_split(options: Options, device: torch.device | str | None) -> None:
+    """Refuse what has no meaning for a model on several devices."""
+    if device is not None:
+        raise ValueError(
+            f"device={str(device)!r} would move the whole model, which is split over several "
+            "devices: leave it out, each MoE layer computes where it is"
+        )
+    if options.gpu_memory is not None:
+        raise ValueError(
+            "gpu_memory is for a model on one device: this one is split over several, give slots "
+            "or resident, which count for each MoE layer"
+        )
+
+
+def refuse_sharded(model: nn.Module, blocks: list[MoEBlock]) -> None:
+    """Refuse a model whose layers are spread over processes.
+
+    Raises:
+        ValueError: Tensor or expert parallelism, or sharded data parallelism.
+    """
+    shards = getattr(model, "_tp_size", None) or 1
+    spread = [
+        f"{block.name}.experts.{name}"
+        for block in blocks
+        for name, parameter in block.experts.named_parameters()
+        if hasattr(parameter, "device_mesh")  # a DTensor
+    ]
+    if (
+        shards > 1
+        or spread
+        or any(getattr(block.experts, "_is_expert_parallel", False) for block in blocks)
+    ):
+        what = f", such as {spread[0]}" if spread else ""
+        raise ValueError(
+            f"model is sharded over processes{what}: each holds a part of every expert, or of their "
+            "number, and attach moves whole ones between one host and its devices. Load it without "
+            'tp_plan; over the GPUs of one machine split whole layers with device_map="auto"'
+        )

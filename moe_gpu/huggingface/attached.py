@@ -14,26 +14,16 @@ from ..adaptive import Control, control_reports
 from ..export import status_line
 from ..gate import MoEGate
 from ..latency import summarize_us
-from ..metrics import CounterMirror, Metrics, meter_figures, routing_counts
+from ..metrics import Metrics, meter_figures, routing_counts, total_of
 from ..offload import ExpertOffloader
 from ..offload.residency import Residency
 from ..offload.tiers import available_memory
-from ..policies import Policy
-from ..waiting import wait_event
+from ..policies import Policy, layer_strengths
+from ..state import RouterState
 from .audit import Audit, Auditor
-from .experts import (
-    ATTRIBUTE,
-    UNTRACEABLE,
-    ExpertsLayer,
-    NotCopyable,
-    own_forward,
-    switch_off,
-    switch_on,
-)
-from .families import MoEBlock
-from .options import Options, SlotChoice
-from .router import RoutedForward
-from .weights import ExpertWeights
+from .experts import UNTRACEABLE, ExpertsLayer, NotCopyable, switch_off, switch_on
+from .options import Options
+from .part import DevicePart
 
 FORWARD_S = 600.0  # how long a forward waits for one on another thread
 
@@ -48,103 +38,110 @@ class AttachedMoE(NotCopyable):
     Where every expert has a slot of its own (:attr:`all_resident`) the model's parameters are the
     slots: it trains, saves, loads and compiles as without us, gates included.
 
+    A model that is split over several devices has a router state and an offloader for each
+    (:attr:`states`, :attr:`offloaders`); figures are those of the whole model.
+
     Attributes:
         model: The attached model.
-        state: Router state of all its MoE layers, on the device.
         gates: One gate per MoE layer.
-        offloader: Moves the experts.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: list[MoEBlock],
-        gates: list[MoEGate],
-        weights: ExpertWeights,
-        own_device: torch.device,
-    ):
-        self.model, self.gates, self.state = model, gates, gates[0].state
-        self.offloader: ExpertOffloader | None = None
-        self._blocks, self._own_device = blocks, own_device
-        self._weights = weights
-        self._layers: list[ExpertsLayer] = []
+    def __init__(self, model: nn.Module, parts: list[DevicePart], own_device: torch.device | None):
+        self.model, self._parts = model, parts
+        numbered = [pair for part in parts for pair in zip(part.numbers, part.gates, strict=True)]
+        self.gates: list[MoEGate] = [gate for _, gate in sorted(numbered, key=lambda pair: pair[0])]
+        # rows of all parts, one after the other, to rows by layer
+        numbers = torch.tensor([number for part in parts for number in part.numbers])
+        self._order_L = numbers.argsort()
+        self._own_device = own_device  # None: the parts stay where they are
         self._configs = []
-        self._own_forwards: list[tuple[nn.Module, object]] = []
         self._hooks = []
         self._held = threading.local()  # .locks: one per forward under way on the thread
-        self._counters = CounterMirror(self.state.counters_LC)
-        self._meters = CounterMirror(self.state.meters_LM) if gates[0].meters else None
         self._auditor: Auditor | None = None
         self._attached = self._closed = False
 
-    def _attach(self, choice: SlotChoice, options: Options, residency: Residency | None) -> None:
+    def _attach(self, options: Options, residency: Residency | None) -> None:
         """Change the model. Undoes everything if any of it fails."""
         try:
-            device = self.state.slot_of_LE.device
-            self._weights.take(device)
-            if self._own_device.type == "cuda":
-                torch.cuda.empty_cache()  # what was taken is of other sizes than the slots
-            self.offloader = ExpertOffloader(
-                self.state,
-                self._weights.store,
-                choice.slots,
-                pool=choice.pool,
-                staging_slots=choice.staging,
-                eviction=options.eviction,
-                bypass=options.bypass,
-                prefetch=options.prefetch,
-                prefill=options.prefill,
-                stream_prefill=options.stream_prefill,
-                verify=options.verify,
-                timers=options.timers,
-                timeout_s=options.timeout_s,
-                link_gbps=options.link_gbps,
-                weights_L=self._weights.slots(),
-            )
-            if options.verify:
-                self._weights.store.remember_checksums()
-            if residency is None:
-                self.offloader.fill()
-            else:
-                residency.restore(self.offloader)
+            for part in self._parts:
+                first = self._parts[0].offloader
+                kept = None if residency is None else residency.of_layers(part.numbers)
+                part.take(options, kept, None if first is None else first.lock)
             audits = [None] * len(self.gates)
             if options.audit:
                 self._auditor = Auditor(options.audit, self.gates, options.timeout_s)
                 audits = self._auditor.layers
-            self._weights.show_slots(self.offloader.views_L)
-            self._move_to(device)
-            for layer, (block, gate) in enumerate(zip(self._blocks, self.gates, strict=True)):
-                router, experts = block.router, block.experts
-                following = self._blocks[layer + 1] if layer + 1 < len(self._blocks) else None
-                most = options.max_policy_tokens
-                here = ExpertsLayer(self.offloader, layer, most, audits[layer])
-                views = self.offloader.views_L[layer]
-                routed = RoutedForward(block, gate, here, views, following)
-                self._own_forwards.append((router, router.__dict__.get("forward")))
-                router.forward = routed
-                self._layers.append(here)
-                setattr(experts, ATTRIBUTE, here)
+            if self._own_device is not None:
+                self._move_to(self._parts[0].device)
+            for part in self._parts:
+                part.rebind(options, [audits[number] for number in part.numbers])
             self._hooks = [
                 self.model.register_forward_pre_hook(self._enter, prepend=True),
                 self.model.register_forward_hook(self._leave, always_call=True),
             ]
             self._configs = switch_on(self.model)
-            for layer, block in zip(self._layers, self._blocks, strict=True):
-                layer.own_forward = own_forward(block.experts)
-            if self.state.slot_of_LE.is_cuda:
-                # as after model.to(): compute may follow on any stream
-                filled = torch.cuda.Event()
-                filled.record(torch.cuda.current_stream(self.state.slot_of_LE.device))
-                wait_event(filled, FORWARD_S, "the filling of the slots")
+            for part in self._parts:
+                part.remember_own_forwards()
+            for part in self._parts:
+                part.wait_until_filled(FORWARD_S)
         except BaseException:
             # giving back what was loaded would need the memory that it was kept out of
-            (self._abandon if self._weights.loaded else self._undo)()
+            (self._abandon if self._loaded else self._undo)()
             raise
         self._attached = True
 
+    @property
+    def state(self) -> RouterState:
+        """Router state of all MoE layers, on the device.
+
+        Raises:
+            RuntimeError: The model is split over several devices.
+        """
+        return self._only("state", "states")
+
+    @property
+    def offloader(self) -> ExpertOffloader | None:
+        """What moves the experts.
+
+        Raises:
+            RuntimeError: The model is split over several devices.
+        """
+        return self._only("offloader", "offloaders")
+
+    @property
+    def states(self) -> list[RouterState]:
+        """Router states by device; their rows are that device's MoE layers, ascending."""
+        return [part.state for part in self._parts]
+
+    @property
+    def offloaders(self) -> list[ExpertOffloader]:
+        """What moves the experts of each device."""
+        return [part.offloader for part in self._parts]
+
+    @property
+    def layers_of_devices(self) -> list[tuple[torch.device, list[int]]]:
+        """Each device that has MoE layers, and which."""
+        return [(part.device, list(part.numbers)) for part in self._parts]
+
+    def _only(self, name: str, names: str):
+        if len(self._parts) > 1:
+            raise RuntimeError(
+                f"this model is split over {len(self._parts)} devices, each with one of its own: "
+                f"use {names}"
+            )
+        return getattr(self._parts[0], name)
+
+    @property
+    def _loaded(self) -> bool:
+        return self._parts[0].weights.loaded
+
+    @property
+    def _layers(self) -> list[ExpertsLayer]:
+        return [layer for part in self._parts for layer in part.layers]
+
     def _lock(self) -> threading.RLock:
-        """Return the offloader's lock, held by this thread."""
-        lock = self.offloader.lock
+        """Return the offloaders' lock, held by this thread."""
+        lock = self._parts[0].offloader.lock
         if not lock.acquire(timeout=FORWARD_S):
             raise RuntimeError(
                 f"another thread has been running this model for {FORWARD_S:g} s: its calls wait "
@@ -154,11 +151,11 @@ class AttachedMoE(NotCopyable):
 
     def _enter(self, module, args) -> None:
         # a trace of the hook would hold no lock when the graph runs
-        if not (self._weights.all_resident and torch.compiler.is_compiling()):
+        if not (self.all_resident and torch.compiler.is_compiling()):
             self._wait_for_others()
 
     def _leave(self, module, args, output) -> None:
-        if not (self._weights.all_resident and torch.compiler.is_compiling()):
+        if not (self.all_resident and torch.compiler.is_compiling()):
             self._let_others_run()
 
     @torch.compiler.disable(reason=UNTRACEABLE)
@@ -181,33 +178,30 @@ class AttachedMoE(NotCopyable):
         What can fail comes first: while weights are missing, the routers refuse to compute.
         """
         self._free_slots()
-        self._weights.give_back()
-        self._move_to(self._own_device)
+        for part in self._parts:
+            part.weights.give_back()
+        if self._own_device is not None:
+            self._move_to(self._own_device)
         self._let_go()
 
     def _abandon(self) -> None:
         self._free_slots()
-        self._weights.give_up()
+        for part in self._parts:
+            part.weights.give_up()
         self._let_go()
-        for block in self._blocks:  # what runs first of an MoE layer, whichever module was called
-            block.router.forward = refuse_closed
+        for part in self._parts:
+            for block in part.blocks:  # what runs first of an MoE layer, whoever calls it
+                block.router.forward = refuse_closed
 
     def _free_slots(self) -> None:
-        if self.offloader is not None:
-            self.offloader.close()
-        for layer in self._layers:  # this handle may live on: it must not keep the memory
-            layer.weights_S = []
+        for part in self._parts:
+            part.free_slots()
         if self._auditor is not None:
             self._auditor.close()
 
     def _let_go(self) -> None:
-        for router, own in self._own_forwards:
-            if own is None:
-                router.__dict__.pop("forward", None)
-            else:
-                router.forward = own
-        for block in self._blocks:
-            block.experts.__dict__.pop(ATTRIBUTE, None)
+        for part in self._parts:
+            part.let_go()
         for hook in self._hooks:
             hook.remove()
         switch_off(self._configs)
@@ -229,7 +223,7 @@ class AttachedMoE(NotCopyable):
             MemoryError: A loaded model that host memory has no room for; nothing has changed.
         """
         with self._alone("detach"):
-            if self._weights.loaded:
+            if self._loaded:
                 needed, free = self._host_memory_to_detach(), available_memory()
                 if free is not None and needed > free:
                     raise MemoryError(
@@ -241,9 +235,10 @@ class AttachedMoE(NotCopyable):
 
     def _host_memory_to_detach(self) -> int:
         """Return the bytes of host memory that a loaded model needs beyond what it has there."""
-        needed = self._weights.host_bytes_to_give_back()
-        if self.state.slot_of_LE.device != self._own_device:
-            experts = {id(p) for block in self._blocks for p in block.experts.parameters()}
+        (part,) = self._parts  # one device computes what was loaded
+        needed = part.weights.host_bytes_to_give_back()
+        if part.device != self._own_device:
+            experts = {id(p) for block in part.blocks for p in block.experts.parameters()}
             needed += sum(p.nbytes for p in self.model.parameters() if id(p) not in experts)
         return needed
 
@@ -257,7 +252,7 @@ class AttachedMoE(NotCopyable):
             RuntimeError: The model was attached, not loaded: :meth:`detach` gives it back. Or
                 already detached or closed, or called from inside an expert.
         """
-        if self._attached and not self._weights.loaded:
+        if self._attached and not self._loaded:
             raise RuntimeError(
                 "close() would destroy the weights of a model that was attached, not loaded: "
                 "detach() gives it back"
@@ -303,7 +298,7 @@ class AttachedMoE(NotCopyable):
 
         So it is with as many slots per layer as experts, unless they are a pool or ``verify`` is on.
         """
-        return self._weights.all_resident
+        return all(part.weights.all_resident for part in self._parts)
 
     def set_policy(self, policy: Policy) -> None:
         """Route by another policy from now on; no weights move.
@@ -315,8 +310,10 @@ class AttachedMoE(NotCopyable):
         self._check_attached("set_policy")
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be one of moe_gpu.policies, got {policy!r}")
-        for gate in self.gates:
-            gate.policy = policy
+        if getattr(policy, "layer_scale", ()):
+            layer_strengths(policy, len(self.gates))  # refused before any part changes
+        for part in self._parts:
+            part.set_policy(policy)
 
     def metrics(self, wait: bool = True) -> Metrics:
         """Return what routing and offloading have done so far.
@@ -327,8 +324,8 @@ class AttachedMoE(NotCopyable):
                 the same.
         """
         latencies_us = itertools.chain.from_iterable(gate.latencies_us() for gate in self.gates)
-        figures, measured = vars(self.offloader.metrics()), {}
-        counters_LC = self._counters.read(wait)
+        figures, measured = self._offload_figures(), {}
+        counters_LC = self._by_layer([part.counters.read(wait) for part in self._parts])
         if self.all_resident:  # what is traced or differentiated, only the device counts
             names = ("pairs", "hits", "misses", "unique_misses")
             counts = [routing_counts(row_C[None]) for row_C in counters_LC]
@@ -337,8 +334,9 @@ class AttachedMoE(NotCopyable):
                 for layer, count in zip(figures["layers"], counts, strict=True)
             ]
             figures = figures | {"layers": tuple(layers)}
-        if self._meters is not None:
-            meters_LM, top_k = self._meters.read(wait), self.gates[0].top_k
+        if self.gates[0].meters:
+            meters_LM = self._by_layer([part.meters.read(wait) for part in self._parts])
+            top_k = self.gates[0].top_k
             measured = meter_figures(meters_LM, top_k)
             rows = [meter_figures(row_M[None], top_k) for row_M in meters_LM]
             layers = [replace(x, **row) for x, row in zip(figures["layers"], rows, strict=True)]
@@ -351,26 +349,37 @@ class AttachedMoE(NotCopyable):
             route_path=self.gates[0].last_route_path,
         )
 
+    def _offload_figures(self) -> dict[str, object]:
+        """Return the offloaders' figures by name, those by layer under the model's numbers."""
+        figures = [part.offloader.metrics() for part in self._parts]
+        layers = [
+            replace(layer, layer=number)
+            for part, found in zip(self._parts, figures, strict=True)
+            for number, layer in zip(part.numbers, found.layers, strict=True)
+        ]
+        return vars(total_of(figures)) | {"layers": tuple(sorted(layers, key=lambda x: x.layer))}
+
+    def _by_layer(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        """Return rows of all parts as rows by layer, on the host."""
+        return torch.cat([part_L.cpu() for part_L in rows])[self._order_L]
+
     def status(self) -> str:
         """Return one line for a long run: hits, traffic, stalls. Does not stop the device."""
         return status_line(self.metrics(wait=False))
 
     def reset_metrics(self) -> None:
         """Set all counts and timers to zero; residency, affinity and activations stay."""
-        for gate in self.gates:
-            gate.reset_metrics()
-        self.offloader.reset_metrics()
-        self._counters.reset()
-        if self._meters is not None:
-            self._meters.reset()
+        for part in self._parts:
+            part.reset_metrics()
         if self._auditor is not None:
-            with self.offloader.lock:
+            with self._parts[0].offloader.lock:
                 self._auditor.reset()
 
     def control(self) -> list[Control]:
         """Return what the controller of each layer is doing under an adaptive policy. Synchronises."""
-        state = self.state
-        return control_reports(state.control_LP, state.control_state_LS, state.strength_L)
+        names = ("control_LP", "control_state_LS", "strength_L")
+        rows = [self._by_layer([getattr(state, name) for state in self.states]) for name in names]
+        return control_reports(*rows)
 
     def audit(self) -> Audit:
         """Return what the audit of swaps has found so far. Synchronises.
@@ -380,7 +389,7 @@ class AttachedMoE(NotCopyable):
         """
         if self._auditor is None:
             raise RuntimeError("no swap is audited: attach(..., audit=0.01)")
-        with self.offloader.lock:
+        with self._parts[0].offloader.lock:
             return self._auditor.report()
 
     def save_residency(self, path: str | Path) -> None:
@@ -393,8 +402,10 @@ class AttachedMoE(NotCopyable):
             FileNotFoundError: No folder to write it to.
             RuntimeError: Detached or closed.
         """
-        with self.offloader.lock:
-            kept = Residency.of(self.offloader)
+        with self._parts[0].offloader.lock:
+            kept = Residency.joined(
+                [(part.numbers, Residency.of(part.offloader)) for part in self._parts]
+            )
         kept.save(path)
 
     def __enter__(self) -> "AttachedMoE":
@@ -402,21 +413,24 @@ class AttachedMoE(NotCopyable):
 
     def __exit__(self, *exc_info) -> None:
         if self._attached:
-            (self.close if self._weights.loaded else self.detach)()
+            (self.close if self._loaded else self.detach)()
 
     def __repr__(self) -> str:
-        layers, experts = self.state.num_layers, self.state.num_experts
-        sizes = f"{layers} layers of {experts} experts"
-        if self._attached and self.offloader.is_pool:
-            slots = f"a pool of {self.offloader.num_slots} for {layers * experts} experts"
-            sizes = f"{layers} layers, {slots}"
-        elif self._attached:
-            slots = f"{self.offloader.num_slots} of {experts} experts resident per layer"
-            sizes = f"{layers} layers, {slots}"
+        sizes = f"{len(self.gates)} layers of {self.gates[0].num_experts} experts"
+        if self._attached:
+            sizes = "; ".join(self._sizes_of(part) for part in self._parts)
         return (
             f"AttachedMoE({type(self.model).__name__}, {self._status}, {sizes}, "
             f"policy={self.gates[0].policy})"
         )
+
+    def _sizes_of(self, part: DevicePart) -> str:
+        layers, experts = part.state.num_layers, part.state.num_experts
+        where = f" on {part.device}" if len(self._parts) > 1 else ""
+        slots = f"{part.offloader.num_slots} of {experts} experts resident per layer"
+        if part.offloader.is_pool:
+            slots = f"a pool of {part.offloader.num_slots} for {layers * experts} experts"
+        return f"{layers} layers{where}, {slots}"
 
 
 def refuse_closed(*_, **__):

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import NoReturn
 
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
 from ..offload import ExpertLayout
 from ..offload.slots import check_slots
 from .families import MoEBlock
@@ -163,7 +166,7 @@ def memory_needs(
     Args:
         model: A ``PreTrainedModel``, not attached; its weights may be on the meta device.
         blocks: Its MoE blocks.
-        layout: Of their experts: gate_up_proj ``(2F, D)`` and down_proj ``(D, F)``.
+        layout: Of their experts: down_proj holds D x F.
         context_tokens: Length of the one sequence to make room for, ``>= 1``.
         staging_slots: Device slots beside the ones that keep experts.
     """
@@ -173,26 +176,57 @@ def memory_needs(
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}  # tied ones once
     dense = sum(t.nbytes for key, t in tensors.items() if key not in experts)
 
-    item = model.dtype.itemsize
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    kv_token = 2 * config.num_hidden_layers * kv_heads * head_dim * item
-
-    D, F = layout.fields["down_proj"].shape
+    item, D = model.dtype.itemsize, config.hidden_size
+    F = math.prod(layout.fields["down_proj"].shape) // D  # some are transposed
     # hidden states and attention; gathered pairs, their outputs twice and weighted in float32;
     # the widest expert, which all tokens may visit
     token = 6 * D * item + blocks[0].router.top_k * D * (3 * item + 4) + 3 * F * item
     workspace = context_tokens * token + config.vocab_size * 4
     return MemoryNeeds(
         dense=dense,
-        kv_cache=context_tokens * kv_token,
+        kv_cache=kv_cache_bytes(model, context_tokens),
         workspace=workspace,
         slot=len(blocks) * layout.expert_bytes,
         context_tokens=context_tokens,
         staging=staging_slots * layout.expert_bytes,
         layers=len(blocks),
     )
+
+
+def kv_cache_bytes(model, context_tokens: int) -> int:
+    """Count the keys and values of one sequence, as the model's cache keeps them.
+
+    Latents count where those are kept (MLA), the window where attention slides. The states of
+    layers without attention, which do not grow, are left out.
+    """
+    config = model.config.get_text_config()
+    width_of = {}
+    for module in model.modules():
+        width = _kv_width(module)
+        if width is not None:
+            width_of[module.layer_idx] = width
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    default = 2 * head_dim * (getattr(config, "num_key_value_heads", None) or heads)
+    elements = 0
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if isinstance(layer, DynamicLayer):  # others keep no keys
+            tokens = min(context_tokens, getattr(layer, "sliding_window", None) or context_tokens)
+            elements += tokens * width_of.get(index, default)
+    return elements * model.dtype.itemsize
+
+
+def _kv_width(module) -> int | None:
+    """Return what an attention module caches per token, in elements; None for other modules."""
+    projections = getattr(module, "_modules", {})
+    if getattr(module, "layer_idx", None) is None:
+        return None
+    if "kv_a_proj_with_mqa" in projections:
+        indexer = projections.get("indexer")  # of sparse attention, whose keys are cached too
+        return module.kv_a_proj_with_mqa.out_features + getattr(indexer, "head_dim", 0)
+    if "k_proj" in projections and "v_proj" in projections:
+        return module.k_proj.out_features + module.v_proj.out_features
+    return None
 
 
 def check_context_tokens(context_tokens: int) -> None:

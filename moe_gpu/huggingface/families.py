@@ -24,7 +24,7 @@ class RouterFamily:
         logits: ``(router, hidden_states (T, D)) -> (T, E)``, as the router itself computes them.
         score: ``router -> dict``: keyword arguments of :class:`~moe_gpu.gate.MoEGate` that make its
             score rule this router's.
-        weights_dtype: ``router -> dtype`` of its mixing weights; None: that of its logits.
+        weights_dtype: ``block -> dtype`` of its mixing weights; None: that of its logits.
         bias: ``block -> (E,)`` correction bias of the block's router; None where there is none.
     """
 
@@ -75,6 +75,20 @@ def _linear_in_own_dtype(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Te
     return F.linear(hidden_TD.to(router.weight.dtype), router.weight)
 
 
+def _linear_capped(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    cap = router.router_logit_softcapping
+    logits_TE = _linear_to_float32(router, hidden_TD)
+    return cap * (logits_TE / cap).tanh() if cap > 0 else logits_TE
+
+
+def _linear_of_gate(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return router.gate(hidden_TD).float()
+
+
+def _linear_of_wg(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    return router.wg(hidden_TD.to(router.wg.weight.dtype))
+
+
 # -- score rules
 
 
@@ -107,8 +121,26 @@ def _sigmoid_in_best_groups(router: nn.Module) -> dict[str, object]:
     }
 
 
+def _softmax_of_all(router: nn.Module) -> dict[str, object]:
+    return {"renormalize": False}
+
+
 def _sigmoid_of_chosen(router: nn.Module) -> dict[str, object]:
     return {"score": "sigmoid", "renormalize": True}
+
+
+def _scaled_sigmoid(router: nn.Module) -> dict[str, object]:
+    return _sigmoid_of_chosen(router) | {"scaling_factor": router.router_scaling_factor}
+
+
+def _route_scaled_sigmoid(router: nn.Module) -> dict[str, object]:
+    return _sigmoid_of_chosen(router) | {"scaling_factor": router.route_scale}
+
+
+def _softmax_or_sigmoid(router: nn.Module) -> dict[str, object]:
+    if router.expert_selection_fn == "softmax":
+        return _softmax_of_chosen(router)
+    return {"score": "sigmoid", "renormalize": bool(router.norm_topk_prob)}
 
 
 def _sparsemixer(router: nn.Module) -> dict[str, object]:
@@ -122,16 +154,16 @@ def _sparsemixer(router: nn.Module) -> dict[str, object]:
 # -- dtypes of the weights, and correction biases
 
 
-def _float32(router: nn.Module) -> torch.dtype:
+def _float32(block: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def _of_logits(router: nn.Module) -> None:
+def _of_logits(block: nn.Module) -> None:
     return None
 
 
-def _of_model(router: nn.Module) -> torch.dtype:
-    return router.weight.dtype
+def _of_model(block: nn.Module) -> torch.dtype:
+    return block.experts.down_proj.dtype  # a router may stay float32
 
 
 def _bias_of_router(block: nn.Module) -> torch.Tensor:
@@ -142,11 +174,22 @@ def _bias_of_block(block: nn.Module) -> torch.Tensor:
     return block.e_score_correction_bias
 
 
+def _expert_bias_of_block(block: nn.Module) -> torch.Tensor:
+    return block.expert_bias
+
+
+def _bias_of_statics(block: nn.Module) -> torch.Tensor:
+    return block.gate.moe_statics.e_score_correction_bias.view(-1)
+
+
 _QWEN = RouterFamily(_linear, _softmax, _of_logits)
+_QWEN_RENORMALIZED = RouterFamily(_linear, _softmax_of_chosen, _of_logits)
+_MIXTRAL = RouterFamily(_linear, _softmax_of_chosen, _float32)
 _DEEPSEEK_V3 = RouterFamily(_linear_in_float32, _sigmoid_in_best_groups, _float32, _bias_of_router)
+_GRANITE = RouterFamily(_linear_to_float32, _softmax_of_chosen, _of_model)
 
 FAMILIES = {
-    "MixtralTopKRouter": RouterFamily(_linear, _softmax_of_chosen, _float32),
+    "MixtralTopKRouter": _MIXTRAL,
     "Qwen2MoeTopKRouter": _QWEN,
     "Qwen3MoeTopKRouter": _QWEN,
     "Qwen3NextTopKRouter": _QWEN,
@@ -156,10 +199,39 @@ FAMILIES = {
     "DeepseekV3TopkRouter": _DEEPSEEK_V3,
     "Glm4MoeTopkRouter": _DEEPSEEK_V3,
     "GptOssTopKRouter": RouterFamily(_linear_with_bias, _softmax_of_chosen, _of_logits),
-    "GraniteMoeTopKRouter": RouterFamily(_linear_to_float32, _softmax_of_chosen, _of_model),
+    "GraniteMoeTopKRouter": _GRANITE,
     "MiniMaxM2TopKRouter": RouterFamily(
         _linear_in_own_dtype, _sigmoid_of_chosen, _float32, _bias_of_block
     ),
+    # the same rules under other names
+    "AfmoeTokenChoiceRouter": RouterFamily(
+        _linear_of_gate, _route_scaled_sigmoid, _float32, _expert_bias_of_block
+    ),
+    "AXK1TopkRouter": _DEEPSEEK_V3,
+    "Cohere2MoeTopKRouter": RouterFamily(_linear, _softmax_or_sigmoid, _of_model),
+    "DeepseekV32TopkRouter": _DEEPSEEK_V3,
+    "Dots1TopkRouter": _DEEPSEEK_V3,
+    "Ernie4_5_MoeTopKRouter": RouterFamily(
+        _linear_in_float32, _softmax_of_chosen, _of_model, _bias_of_statics
+    ),
+    "ExaoneMoeTopkRouter": _DEEPSEEK_V3,
+    "FlexOlmoTopKRouter": _QWEN,
+    "Glm4MoeLiteTopkRouter": _DEEPSEEK_V3,
+    "GlmMoeDsaTopkRouter": _DEEPSEEK_V3,
+    "GraniteMoeHybridTopKRouter": _GRANITE,
+    "GraniteMoeSharedTopKRouter": _GRANITE,
+    "GraniteMoeSWATopKRouter": _GRANITE,
+    "HunYuanMoEV1Gate": RouterFamily(_linear_of_wg, _softmax_of_chosen, _of_logits),
+    "HYV3TopKRouter": RouterFamily(_linear_in_float32, _scaled_sigmoid, _float32, _bias_of_block),
+    "JambaTopKRouter": RouterFamily(_linear, _softmax_of_all, _of_model),
+    "LagunaTopKRouter": RouterFamily(
+        _linear_capped, _sigmoid_of_chosen, _of_model, _bias_of_router
+    ),
+    "MellumTopKRouter": _QWEN,
+    "MiMoV2FlashTopkRouter": _DEEPSEEK_V3,
+    "MiniMaxTopKRouter": _MIXTRAL,
+    "Qwen3_5MoeTopKRouter": _QWEN_RENORMALIZED,
+    "SolarOpenTopkRouter": _DEEPSEEK_V3,
 }
 
 # families that cannot be attached, and why
@@ -218,7 +290,7 @@ def score_arguments(block: MoEBlock) -> dict[str, object]:
         rule = family.score(router)
     except ValueError as error:
         raise ValueError(f"{block.name}: {type(router).__name__} with {error}") from error
-    return rule | {"weights_dtype": family.weights_dtype(router)}
+    return rule | {"weights_dtype": family.weights_dtype(block.module)}
 
 
 def _check_experts(name: str, experts: nn.Module) -> None:

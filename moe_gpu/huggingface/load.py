@@ -32,6 +32,7 @@ from .families import MoEBlock, find_blocks
 from .loading import load_dense
 from .options import Options, refuse_unknown
 from .origins import locate_experts
+from .part import DevicePart
 from .weights import ExpertWeights, ResidentWeights, common_layout
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -138,7 +139,7 @@ def load(
         shards = weights()
         files = DiskExperts(layout, shards, locate_experts(model, blocks, shards), block_size)
 
-        gates = make_gates(blocks, E, options, device)
+        gates = make_gates(blocks, E, options, device, range(L))
         device = gates[0].state.slot_of_LE.device  # with its index
         store = ExpertStore(layout, L, E, device, tiers_LE=tiers_LE, files=files)
         undo.callback(store.close)
@@ -151,8 +152,9 @@ def load(
             load_dense(model, blocks, shards, device, block_size=block_size, progress=bar.update)
             owner.read(bar.update)
         load_generation_config(model, folder)
-        moe = AttachedMoE(model, blocks, gates, owner, torch.device("cpu"))
-        moe._attach(choice, options, kept)
+        part = DevicePart(range(L), blocks, gates, owner, choice)
+        moe = AttachedMoE(model, [part], torch.device("cpu"))
+        moe._attach(options, kept)
         undo.pop_all()  # all is well: files and store are the model's now
     warn_of_few_slots(choice, blocks)
     return model, moe

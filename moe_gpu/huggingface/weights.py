@@ -40,7 +40,10 @@ def common_layout(blocks: list[MoEBlock], on_meta: bool = False) -> tuple[Expert
         for name, parameter in parameters.items():
             where = f"{block.name}.experts.{name}"
             if parameter.is_meta and not on_meta:
-                raise ValueError(f"{where} is on device meta: load the weights first")
+                raise ValueError(
+                    f"{where} is on device meta: load the weights first. A device_map that offloads "
+                    "to cpu or disk leaves them there; moe_gpu.load does that part itself"
+                )
             if not parameter.is_floating_point():
                 raise ValueError(f"{where} must be floating point, got {parameter.dtype}")
             if parameter.grad is not None:

@@ -4,6 +4,7 @@ Shape suffixes: L layers, E experts.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -49,6 +50,21 @@ class Residency:
             uses_LE[layer] = torch.tensor([history.uses(key) for key in keys])
         affinity_LE, activations_LE = state.affinity_LE.cpu(), state.activations_LE.cpu()
         return cls(affinity_LE.clone(), activations_LE.clone(), resident_LE, ages_LE, uses_LE)
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Sequence[int], "Residency"]]) -> "Residency":
+        """Return the residency of a model from that of its parts.
+
+        Args:
+            parts: The numbers of a part's layers, and its residency; together every layer once.
+        """
+        order_L = torch.tensor([number for numbers, _ in parts for number in numbers]).argsort()
+        names = [field.name for field in fields(cls)]
+        return cls(*(torch.cat([getattr(r, n) for _, r in parts])[order_L] for n in names))
+
+    def of_layers(self, numbers: Sequence[int]) -> "Residency":
+        """Return the residency of some of the layers."""
+        return Residency(*(tensor_LE[list(numbers)] for tensor_LE in vars(self).values()))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that appears whole or not at all.
