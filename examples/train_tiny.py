@@ -10,8 +10,10 @@ number of steps is fixed, so the machine decides how long training takes, not ho
 gets. A run that is stopped, even by ``kill -9``, continues from its last checkpoint and
 ends with the same bits as an uninterrupted one (same machine, same versions, same threads).
 
-Training runs in bfloat16 where the processor multiplies it natively, with float32 weights;
-what is saved is a plain ``MixtralForCausalLM`` in bfloat16.
+Training runs through the gates of this library, attached with every expert resident. With
+``Exact()`` routing that is the model's own training, and the gates count what it routes. What is
+saved is the detached model: a plain ``MixtralForCausalLM`` in bfloat16. Arithmetic is bfloat16
+where the processor multiplies it natively, with float32 weights.
 
 Shape suffixes: T tokens, E experts, K experts per token.
 """
@@ -36,6 +38,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+import moe_gpu
 from corpus import DOMAINS, Split, build_corpus
 from tiny_report import measure, write_report
 from training_forward import use_training_forward
@@ -261,12 +264,16 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 class Trainer:
-    """Owns the model, the optimizer and the clock of a run; nobody else may step them."""
+    """Owns the model, the optimizer and the clock of a run; nobody else may step them.
+
+    The model is attached until :meth:`finish`.
+    """
 
     def __init__(self, args: argparse.Namespace, batches: Batches):
         self.args, self.batches = args, batches
         self.model = build_model(args).to(args.device).train()
         use_training_forward(self.model)
+        self.moe = moe_gpu.attach(self.model, resident=1.0, policy=moe_gpu.Exact())
         self.optimizer = make_optimizer(self.model, args)
         self.is_mixed = has_fast_bfloat16(args.device)
         self.step, self.wall_s, self.cpu_s, self.sessions = 0, 0.0, 0.0, 1
@@ -308,6 +315,11 @@ class Trainer:
                 wall, cpu = time.perf_counter(), time.process_time()
                 self.save(checkpoint, fingerprint)
         bar.close()
+
+    def finish(self) -> MixtralForCausalLM:
+        """Detach the model and return it, trained."""
+        self.moe.detach()
+        return self.model
 
     def save(self, path: Path, fingerprint: dict) -> None:
         """Write a checkpoint that is either whole or absent."""
@@ -376,7 +388,7 @@ def train(args: argparse.Namespace) -> dict:
     if checkpoint.exists():
         trainer.load(checkpoint, fingerprint)
     trainer.fit(checkpoint, fingerprint)
-    save_model(trainer.model, args.out)
+    save_model(trainer.finish(), args.out)
     save_file(held_out, args.out / "held_out.safetensors")
     return {
         "recipe": {key: fingerprint[key] for key in args.recipe},

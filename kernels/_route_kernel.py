@@ -21,7 +21,6 @@ from ._keys import NONFINITE, TAKEN, finite_or_zero, key_score, sum_of
 from ._meters import METERS_BLOCK, add_meters, gone_of, kept_of, meters_of
 from ._score import (
     SIGMOID,
-    SPARSEMIXER,
     capped,
     in_best_groups,
     masses_of,
@@ -158,7 +157,7 @@ def _route_tile(
                 both_t = kept_of(masses, gone_t, K)
                 more_t = tl.maximum(total_t, kept_t)
                 change_t = 2.0 * (1.0 - both_t / tl.where(more_t > 0.0, more_t, 1.0))
-                if SCORE == SPARSEMIXER or not RENORMALIZE:
+                if not RENORMALIZE:
                     change_t = (total_t - both_t) + (kept_t - both_t)
                     if not SPLIT:
                         whole_t = row_mass_of(x_te, every_te, top_t)

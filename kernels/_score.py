@@ -51,7 +51,7 @@ def scored(x_te, bias_e, mask_e, SCORE: tl.constexpr, HAS_BIAS: tl.constexpr):
     if SCORE == SIGMOID:
         mass_te = tl.where(key_te > NONFINITE, 1.0 / (1.0 + tl.exp(-x_te)), 0.0)
     elif HAS_BIAS:
-        top_t = finite_or_zero(key_score(tl.max(key_te, axis=1)))
+        top_t = key_score(tl.max(key_te, axis=1))
         mass_te = tl.where(key_te > NONFINITE, tl.exp(x_te - top_t[:, None]), 0.0)
         total_t = _sum_of_units(mass_te)
         mass_te = mass_te / tl.where(total_t > 0.0, total_t, 1.0)[:, None]

@@ -34,12 +34,14 @@ def check_call(logits_TE, state, layer, top_k, decay, num_valid):
             f"logits are on {logits_TE.device}, but the router state is on "
             f"{state.slot_of_LE.device}: move one of them"
         )
-    aging = min(logits_TE.shape[0], affinity_window(decay))
-    if state.scratch.numel() < layout.scratch_words(E, aging):
-        raise ValueError(
-            f"state.scratch holds {state.scratch.numel()} words, a call of {logits_TE.shape[0]} "
-            f"tokens with decay={decay} needs {layout.scratch_words(E, aging)}: reserve them first"
-        )
+    T, words = logits_TE.shape[0], state.scratch.numel()
+    if words < layout.scratch_words(E, T):  # enough for every decay otherwise
+        needed = layout.scratch_words(E, min(T, affinity_window(decay)))
+        if words < needed:
+            raise ValueError(
+                f"state.scratch holds {words} words, a call of {T} tokens with decay={decay} needs "
+                f"{needed}: reserve them first"
+            )
     if num_valid is not None:
         if num_valid.dtype != torch.int32 or num_valid.numel() != 1:
             raise TypeError(

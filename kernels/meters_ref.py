@@ -43,7 +43,7 @@ def meters_ref(
     wanted_T = demand_mass_TK.sum(1)
     kept_T = torch.where(stays_TK, demand_mass_TK, 0.0).sum(1)
     executed_T = mass_TE.gather(1, ids_TK).sum(1)
-    if rule.renormalize and rule.score != Score.SPARSEMIXER:
+    if rule.renormalize:
         change_T = 2 * (1 - kept_T / torch.maximum(wanted_T, executed_T))
     else:
         change_T = wanted_T - kept_T + (executed_T - kept_T)

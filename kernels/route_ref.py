@@ -22,7 +22,6 @@ Shape suffixes: T tokens, E experts, K experts per token, L layers, C counters, 
 """
 
 import enum
-import functools
 import math
 from typing import NamedTuple
 
@@ -196,7 +195,6 @@ def _inverse(order_TE):
     return rank_TE.scatter_(1, order_TE, positions_TE)
 
 
-@functools.lru_cache
 def affinity_window(decay: float) -> int:
     """Return the tokens after which ``decay ** age < 2**-24``: older ones cannot show in float32.
 

@@ -60,7 +60,8 @@ class ScoreRule:
 
     Attributes:
         score: See :class:`Score`.
-        renormalize: Weights of the executed experts sum to 1 (before ``scaling_factor``).
+        renormalize: Weights of the executed experts sum to 1 (before ``scaling_factor``); always
+            False for sparsemixer, whose weights do not.
         scaling_factor: What weights are multiplied by.
         num_groups: Groups that E divides into; 1: none.
         top_groups: How many of them a token may visit.
@@ -81,6 +82,8 @@ class ScoreRule:
     is_plain: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.score == Score.SPARSEMIXER:
+            object.__setattr__(self, "renormalize", False)
         own = [getattr(self, f.name) for f in fields(self) if f.init and f.name != "renormalize"]
         plain = [f.default for f in fields(self) if f.init and f.name != "renormalize"]
         object.__setattr__(self, "is_plain", own == plain)

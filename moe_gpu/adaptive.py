@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from .bounds import check_count, check_share, check_strength
+from .bounds import check_int, check_real, check_share
 from .kernels import layout
 from .kernels.route_ref import Rule
 
@@ -37,12 +37,12 @@ class _Steered:
     speed: float
 
     def _check(self) -> None:
-        check_strength("max_budget", self.max_budget)
+        check_real("max_budget", self.max_budget, 0.0)
         if self.price not in ("output", "mass"):
             raise ValueError(f"price must be 'output' or 'mass', got {self.price!r}")
-        check_count("protect", self.protect)
+        check_int("protect", self.protect, 0)
         _check_times(self.warm_tokens, self.average_tokens)
-        check_strength("speed", self.speed)
+        check_real("speed", self.speed, 0.0)
         if self.speed == 0:
             raise ValueError(f"speed must be > 0, got {self.speed}")
 
@@ -194,13 +194,13 @@ class AdaptiveBonus:
 
     def __post_init__(self) -> None:
         check_share("target", self.target)
-        check_strength("learning_rate", self.learning_rate)
+        check_real("learning_rate", self.learning_rate, 0.0)
         check_share("dead_band", self.dead_band)
-        check_strength("max_bonus", self.max_bonus)
-        check_strength("bonus", self.bonus)
+        check_real("max_bonus", self.max_bonus, 0.0)
+        check_real("bonus", self.bonus, 0.0)
         if self.bonus > self.max_bonus:
             raise ValueError(f"bonus must be <= max_bonus={self.max_bonus}, got {self.bonus}")
-        check_count("protect", self.protect)
+        check_int("protect", self.protect, 0)
         _check_times(self.warm_tokens, self.average_tokens)
 
     @property
@@ -309,8 +309,8 @@ def control_reports(
 
 
 def _check_times(warm_tokens: int, average_tokens: float) -> None:
-    check_count("warm_tokens", warm_tokens)
-    check_strength("average_tokens", average_tokens)
+    check_int("warm_tokens", warm_tokens, 0)
+    check_real("average_tokens", average_tokens, 0.0)
     if average_tokens < 1:
         raise ValueError(f"average_tokens must be >= 1, got {average_tokens}")
 

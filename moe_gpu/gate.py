@@ -11,7 +11,6 @@ Shape suffixes: T tokens, E experts, K experts per token, D model width, L layer
 
 import enum
 import inspect
-import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, SupportsIndex
@@ -21,22 +20,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adaptive import Adaptive, Control, control_reports
+from .bounds import check_int, check_one_of, check_real
 from .kernels import layout
-from .kernels.checks import MAX_EXPERTS, MAX_TOP_K, check_groups
+from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
 from .kernels.route import route, route_path
-from .kernels.route_ref import FLOAT32_MAX, AffinityFrom
-from .kernels.score_ref import GroupScore, Score, ScoreRule, mixing_weights
+from .kernels.route_ref import AffinityFrom
+from .kernels.score_ref import Score, mixing_weights
 from .latency import RouteTimer, summarize_us
 from .metrics import Metrics, meter_figures, routing_counts
 from .policies import Exact, Policy, layer_strengths
 from .record import RecordReader
 from .requests import PagingRequest
+from .scores import make_score_rule
 from .state import RouterState
 
 AFFINITY_FROM = {source.name.lower(): source for source in AffinityFrom}
 WEIGHTS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, None)
-SCORES = {score.name.lower(): score for score in Score}
-GROUP_SCORES = {score.name.lower(): score for score in GroupScore}
 
 
 class Routing(NamedTuple):
@@ -132,49 +131,31 @@ class MoEGate(nn.Module):
         weights_dtype: torch.dtype | None = torch.float32,
     ):
         super().__init__()
-        _check_int("num_experts", num_experts, 1, MAX_EXPERTS)
-        _check_int("top_k", top_k, 1, min(num_experts, MAX_TOP_K))
+        check_int("num_experts", num_experts, 1, MAX_EXPERTS)
+        check_int("top_k", top_k, 1, min(num_experts, MAX_TOP_K))
         if hidden_size is not None:
-            _check_int("hidden_size", hidden_size, 1)
-        _check_int("max_policy_tokens", max_policy_tokens, 0)
-        _check_int("layer", layer, 0)
-        _check_real("decay", decay, 0.0, 1.0)
-        _check_real("boost", boost, 0.0)
-        _check_real("max_score", max_score, 0.0)
+            check_int("hidden_size", hidden_size, 1)
+        check_int("max_policy_tokens", max_policy_tokens, 0)
+        check_int("layer", layer, 0)
+        check_real("decay", decay, 0.0, 1.0)
+        check_real("boost", boost, 0.0)
+        check_real("max_score", max_score, 0.0)
         if max_score == 0:
             raise ValueError(f"max_score must be > 0, got {max_score}")
-        if affinity_from not in AFFINITY_FROM:
-            known = ", ".join(map(repr, AFFINITY_FROM))
-            raise ValueError(f"affinity_from must be one of {known}, got {affinity_from!r}")
-        if not isinstance(renormalize, bool):
-            raise TypeError(f"renormalize must be True or False, got {renormalize!r}")
-        for name, value, known in (
-            ("score", score, SCORES),
-            ("group_score", group_score, GROUP_SCORES),
-        ):
-            if value not in known:
-                names = ", ".join(map(repr, known))
-                raise ValueError(f"{name} must be one of {names}, got {value!r}")
-        _check_real("scaling_factor", scaling_factor, 0.0)
-        if scaling_factor == 0:
-            raise ValueError(f"scaling_factor must be > 0, got {scaling_factor}")
-        _check_int("num_groups", num_groups, 1)
-        _check_int("top_groups", top_groups, 1)
-        _check_real("softcap", softcap, 0.0)
-        _check_real("jitter_eps", jitter_eps, 0.0)
-        rule = ScoreRule(
-            score=SCORES[score],
+        check_one_of("affinity_from", affinity_from, AFFINITY_FROM)
+        rule = make_score_rule(
+            num_experts,
+            top_k,
+            score=score,
             renormalize=renormalize,
-            scaling_factor=float(scaling_factor),
+            scaling_factor=scaling_factor,
             num_groups=num_groups,
             top_groups=top_groups,
-            group_score=GROUP_SCORES[group_score],
-            softcap=float(softcap),
-            jitter_eps=float(jitter_eps) if score == "sparsemixer" else 0.0,
+            group_score=group_score,
+            softcap=softcap,
+            jitter_eps=jitter_eps,
+            correction_bias=correction_bias,
         )
-        check_groups(rule, num_experts, top_k)
-        if correction_bias and score == "sparsemixer":
-            raise ValueError("correction_bias has no meaning for a sparsemixer router")
         if weights_dtype not in WEIGHTS_DTYPES:
             raise TypeError(
                 "weights_dtype must be float32, float16, bfloat16 or None, the dtype of the "
@@ -186,7 +167,7 @@ class MoEGate(nn.Module):
             raise ValueError(
                 f"num_experts={num_experts} does not match the state's {state.num_experts}"
             )
-        _check_int("layer", layer, 0, state.num_layers - 1)
+        check_int("layer", layer, 0, state.num_layers - 1)
 
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_rule, self.weights_dtype = rule, weights_dtype
@@ -326,7 +307,8 @@ class MoEGate(nn.Module):
             with self._timer.call(logits.device):
                 weights_TK, ids_TK = route(scores, self.state, self.layer, **arguments)
         path = route_path(logits.device)
-        if path != self._last_path:  # a module's attributes are slow to set
+        # a module's attributes are slow to set; a trace must not depend on what was there
+        if torch.compiler.is_compiling() or path != self._last_path:
             self._last_path = path
         if needs_grad:
             wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -347,7 +329,7 @@ class MoEGate(nn.Module):
         # ids out of NumPy or a tensor are as good as Python's
         expert_ids = [_as_int("expert id", expert) for expert in expert_ids]
         for expert in expert_ids:
-            _check_int("expert id", expert, 0, self.num_experts - 1)
+            check_int("expert id", expert, 0, self.num_experts - 1)
         if len(set(expert_ids)) != len(expert_ids):
             raise ValueError(f"expert ids must be distinct, got {expert_ids}")
         slot_of_E = torch.full((self.num_experts,), -1, dtype=torch.int32)
@@ -475,19 +457,3 @@ def _as_int(name: str, value: SupportsIndex) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
-
-
-def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < low or (high is not None and value > high):
-        bound = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {bound}, got {value}")
-
-
-def _check_real(name: str, value: float, low: float, high: float = math.inf) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and low <= value <= min(high, FLOAT32_MAX)):
-        bound = f">= {low:g}, within float32" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be finite and {bound}, got {value}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .adaptive import AdaptiveBonus, HitRateTarget, QualityTarget
-from .bounds import check_count, check_strength
+from .bounds import check_int, check_real
 from .kernels.route_ref import FLOAT32_MAX, Rule
 
 
@@ -47,8 +47,8 @@ class CacheBonus:
     protect: int = 0
 
     def __post_init__(self) -> None:
-        check_strength("bonus", self.bonus)
-        check_count("protect", self.protect)
+        check_real("bonus", self.bonus, 0.0)
+        check_int("protect", self.protect, 0)
         if self.scale not in ("absolute", "logit_range"):
             raise ValueError(f"scale must be 'absolute' or 'logit_range', got {self.scale!r}")
 
@@ -83,8 +83,8 @@ class MassBudget:
     rule = Rule.MASS
 
     def __post_init__(self) -> None:
-        check_strength("budget", self.budget)
-        check_count("protect", self.protect)
+        check_real("budget", self.budget, 0.0)
+        check_int("protect", self.protect, 0)
 
     @property
     def strength(self) -> float:
@@ -120,13 +120,13 @@ class QualityBudget:
     rule = Rule.OUTPUT
 
     def __post_init__(self) -> None:
-        check_strength("budget", self.budget)
+        check_real("budget", self.budget, 0.0)
         if not isinstance(self.layer_scale, (tuple, list)):
             raise TypeError(f"layer_scale must be a tuple of numbers, got {self.layer_scale!r}")
         for factor in self.layer_scale:
-            check_strength("layer_scale", factor)
+            check_real("layer_scale", factor, 0.0)
         object.__setattr__(self, "layer_scale", tuple(map(float, self.layer_scale)))
-        check_count("protect", self.protect)
+        check_int("protect", self.protect, 0)
 
     @property
     def strength(self) -> float:

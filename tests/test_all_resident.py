@@ -20,6 +20,7 @@ from moe_gpu import Exact
 from moe_gpu.huggingface import experts as experts_module
 from moe_gpu.huggingface import weights as weights_module
 from moe_gpu.offload import ExpertOffloader
+from moe_gpu.offload.disk import DiskExperts
 from moe_gpu.offload.pager import Copy
 from moe_gpu.requests import Priority
 from offloading import make_store, run_step
@@ -54,9 +55,15 @@ def test_the_parameters_are_the_slots():
         for views, layer in zip(moe.offloader.views_L, model.model.layers, strict=True):
             assert views["down_proj"].data_ptr() == layer.mlp.experts.down_proj.data_ptr()
 
+
 @pytest.mark.parametrize(
     "options",
-    [{"slots": EXPERTS - 1}, {"pool": True}, {"verify": True}],
+    [
+        {"slots": EXPERTS - 1},
+        {"pool": True},
+        {"pool": True, "slots": EXPERTS // LAYERS},  # as many in all as a layer has experts
+        {"verify": True},
+    ],
     ids=str,
 )
 def test_what_is_not_all_resident_trains_no_more_than_before(options):
@@ -275,6 +282,17 @@ def test_a_loaded_model_closes(folder):
         logits_of(model, prompt(0))
 
 
+def test_a_load_is_done_with_its_files(folder, monkeypatch):
+    """Closed, and their pages left to the system: nothing is read again."""
+    seen = []
+    monkeypatch.setattr(DiskExperts, "drop_cache", lambda self, *expert: seen.append(expert))
+    monkeypatch.setattr(DiskExperts, "close", lambda self: seen.append("closed"))
+    _, moe = moe_gpu.load(folder, resident=1.0)
+    everybody = [(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+    assert seen == [*everybody, "closed"] and moe.offloader.store.files is None
+    moe.close()
+
+
 def test_the_bar_of_a_load_counts_every_expert(folder, capsys):
     moe_gpu.load(folder, resident=1.0, progress=True)[1].close()
     assert "100%" in capsys.readouterr().err
@@ -285,6 +303,7 @@ def test_an_offloader_that_never_moves_anything():
     state = moe_gpu.RouterState(2, 4)
     offloader = ExpertOffloader(state, store, 4, weights_L=weights)
     assert offloader.all_resident and offloader.metrics().filled == 8
+    assert state.slot_of_LE.tolist() == [[0, 1, 2, 3]] * 2
     offloader.fill()
     offloader.warm(1, [2, 3])
     for chosen in ([[0, 1], [3, 2]], [[2, 0]]):
@@ -292,9 +311,20 @@ def test_an_offloader_that_never_moves_anything():
         run_step(offloader, weights, 2 * len(chosen), layer=1)
     metrics = offloader.metrics()
     assert metrics.loads == metrics.evictions == 0 and metrics.filled == 8
-    with pytest.raises(RuntimeError, match="every expert is resident: nothing is copied"):
-        offloader._transfer.piece(Copy(0, 0, 0, Priority.URGENT), 0, 1)
-    for options in ({"slots": 3}, {"pool": True}, {"staging_slots": 1}, {"verify": True}):
+    transfer, copy = offloader._transfer, Copy(0, 0, 0, Priority.URGENT)
+    for refused in (
+        lambda: transfer.begin(copy),
+        lambda: transfer.piece(copy, 0, 1),
+        lambda: transfer.bytes_of(0),
+    ):
+        with pytest.raises(RuntimeError, match="every expert is resident: nothing is copied"):
+            refused()
+    for options in (
+        {"slots": 3, "staging_slots": 0},
+        {"slots": 8, "pool": True},
+        {"staging_slots": 1},
+        {"verify": True},
+    ):
         with pytest.raises(ValueError, match="weights_L needs a slot of its own"):
             ExpertOffloader(state, store, weights_L=weights, **{"slots": 4} | options)
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
@@ -26,7 +27,6 @@ from routing import STATE, make_state
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # the guards of dynamo say so about a bound that only depends on decay
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
 ]
 
 
@@ -126,7 +126,7 @@ def test_a_compiled_gate_leaves_what_an_eager_one_does(method, options, device):
             assert_same_state(gate.state, twin.state)
             assert gate.requests() == twin.requests()
     assert gate.metrics().tokens == 20 and gate.last_route_path == twin.last_route_path
-    assert counter.frame_count <= 2, "a second one only for the path that the gate remembers"
+    assert counter.frame_count == 1
 
 
 def test_a_gradient_through_a_compiled_gate(device):
@@ -163,6 +163,8 @@ def test_a_model_is_one_graph_with_the_stock_logits():
     model, twin = make_model(), make_model()
     stock = [logits_of(model, prompt(seed, batch=2)) for seed in range(3)]
     moe, other = (moe_gpu.attach(m, resident=1.0, policy=Exact()) for m in (model, twin))
+    for each in (model, twin):
+        logits_of(each, prompt(9))
     run, counter = counting(model)
     with torch.no_grad():
         for seed, want in enumerate(stock):
@@ -175,8 +177,8 @@ def test_a_model_is_one_graph_with_the_stock_logits():
                 assert getattr(mine, name) == getattr(theirs, name), name
             for layer, expected in zip(mine.layers, theirs.layers, strict=True):
                 assert (layer.pairs, layer.hits) == (expected.pairs, expected.hits) != (0, 0)
-    assert moe.metrics().tokens == 3 * 14 and moe.metrics().hit_rate == 1.0
-    assert counter.frame_count <= 2, "a second one only for the path that the gate remembers"
+    assert moe.metrics().tokens == 7 + 3 * 14 and moe.metrics().hit_rate == 1.0
+    assert counter.frame_count == 1
     moe.detach()
     torch.testing.assert_close(logits_of(model, prompt(0, batch=2)), stock[0])
 
@@ -190,12 +192,14 @@ def test_lengths_share_a_graph():
         for seed, tokens in enumerate((5, 9, 30, 64)):
             ids = prompt(seed, tokens=tokens)
             torch._dynamo.mark_dynamic(ids, 1)
-            torch.testing.assert_close(
-                run(ids).logits, logits_of(model, ids), rtol=1e-5, atol=2e-5
-            )
+            torch.testing.assert_close(run(ids).logits, logits_of(model, ids), rtol=1e-5, atol=2e-5)
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+    reason="the stock experts' backward pass on the CPU was not for a compiler before",
+)
 def test_a_compiled_training_step():
     model, twin = (make_model(num_hidden_layers=1).train() for _ in range(2))
     ids = prompt(0, batch=2)
@@ -204,7 +208,7 @@ def test_a_compiled_training_step():
     run(ids, labels=ids).loss.backward()
     twin(ids, labels=ids).loss.backward()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m: name + m)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
     assert moe.metrics().tokens == 14
 
 
@@ -225,6 +229,17 @@ def test_nothing_of_the_host_is_met_in_a_trace(monkeypatch):
         run(prompt(0))
         with pytest.raises(AssertionError, match="met"):
             model(prompt(0))
+
+
+@pytest.mark.parametrize("slots, locks", [(3, 1), (EXPERTS, 0)])
+def test_only_what_pages_makes_compiled_forwards_wait_for_each_other(slots, locks, monkeypatch):
+    model = make_model()
+    moe = moe_gpu.attach(model, slots=slots)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    moe._enter(model, ())
+    assert len(moe._held.__dict__.get("locks", [])) == locks
+    moe._leave(model, (), None)
+    assert not moe._held.__dict__.get("locks")
 
 
 @pytest.mark.parametrize(
@@ -270,11 +285,12 @@ def test_capture_of_a_model_that_pages_is_refused(monkeypatch):
     model, ids = make_model(), prompt(0)
     moe = moe_gpu.attach(model, slots=3, policy=Exact())
     expected = logits_of(model, ids)
-    experts = model.model.layers[0].mlp.experts
+    router, experts = model.model.layers[0].mlp.gate, model.model.layers[0].mlp.experts
     with monkeypatch.context() as patch:
         patch.setattr(experts_module, "is_capturing", lambda device: True)
         for call in (
             lambda: logits_of(model, ids),
+            lambda: router(torch.ones(1, 32)),
             lambda: experts(torch.ones(1, 32), torch.tensor([[0, 1]]), torch.ones(1, 2)),
         ):
             with pytest.raises(RuntimeError, match=r"every expert resident .* resident=1.0"):
@@ -311,49 +327,63 @@ def test_a_captured_gate_asks_for_what_each_replay_misses():
             assert_same_state(gate.state, twin.state)
 
 
+class Decoder:
+    """Decodes from a static cache, token by token, out of one input tensor."""
+
+    def __init__(self, model, ids, length):
+        self.model, self.token = model, ids[:, length : length + 1].clone()
+        self.cache = StaticCache(config=model.config, max_cache_len=32)
+        model(ids[:, :length], past_key_values=self.cache)
+
+    def step(self, call):
+        return call(self.token, past_key_values=self.cache).logits
+
+
+def test_a_compiled_decode_step_with_a_static_cache():
+    model, ids = make_model(), prompt(0, tokens=10)
+    with moe_gpu.attach(model, resident=1.0, policy=Exact()) as moe, torch.no_grad():
+        want = logits_of(model, ids)
+        decoder, (run, counter) = Decoder(model, ids, 6), counting(model)
+        for place in range(6, 10):
+            decoder.token.copy_(ids[:, place : place + 1])
+            got = decoder.step(run)[:, 0]
+            torch.testing.assert_close(got, want[:, place], rtol=1e-5, atol=2e-5)
+        assert counter.frame_count == 1 and moe.metrics().tokens == 20
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_a_captured_decode_step(implementation, dtype):
-    """With a static cache: replays decode as eager calls do, and count as they do."""
-    model, twin = (make_model(dtype=dtype).to("cuda") for _ in range(2))
-    for each in (model, twin):
-        each.set_experts_implementation(implementation)
-    moe, other = (moe_gpu.attach(m, resident=1.0, policy=Exact()) for m in (model, twin))
+    """Replays decode as eager calls do, and count as they do."""
     ids, length = prompt(0, tokens=20).cuda(), 12
-
-    def decoder(each):
-        cache = StaticCache(config=each.config, max_cache_len=64)
-        each(ids[:, :length], past_key_values=cache, use_cache=True)
-        token, place = ids[:, length : length + 1].clone(), torch.tensor([[length]], device="cuda")
-
-        def step():
-            arguments = {"past_key_values": cache, "position_ids": place}
-            return each(token, cache_position=place[0], **arguments).logits
-
-        return token, place, step
-
+    models = [make_model(dtype=dtype).to("cuda") for _ in range(2)]
+    for model in models:
+        model.set_experts_implementation(implementation)
+    moe, other = (moe_gpu.attach(model, resident=1.0, policy=Exact()) for model in models)
     with torch.no_grad():
-        (token, place, step), (token_, place_, eager) = decoder(model), decoder(twin)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()  # compiles and reserves; the eager model takes the same step twice
-        torch.cuda.current_stream().wait_stream(stream)
-        eager()
+        decoder, eager = (Decoder(model, ids, length) for model in models)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            decoder.step(
+                decoder.model
+            )  # compiles kernels, allocates; the eager model takes this step too
+        torch.cuda.current_stream().wait_stream(side)
+        eager.step(eager.model)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = step()
-        for position in range(length, 20):
-            for here, at in ((token, place), (token_, place_)):
-                here.copy_(ids[:, position : position + 1])
-                at.fill_(position)
+            logits = decoder.step(decoder.model)
+        for place in range(length + 1, 20):
+            for each in (decoder, eager):
+                each.token.copy_(ids[:, place : place + 1])
             graph.replay()
             bound = 1e-4 if dtype == torch.float32 else 0.1
-            torch.testing.assert_close(logits, eager(), rtol=bound, atol=bound)
-            if dtype == torch.float32:
+            torch.testing.assert_close(logits, eager.step(eager.model), rtol=bound, atol=bound)
+            if dtype == torch.float32:  # else a rounding can move a token of a later layer
                 assert_same_state(moe.state, other.state)
-    assert moe.metrics().pairs == other.metrics().pairs == LAYERS * TOP_K * (length + 9)
+    assert moe.metrics().pairs == other.metrics().pairs == LAYERS * TOP_K * 20
+    assert moe.metrics().layers[0].pairs == TOP_K * 20
 
 
 @pytest.mark.gpu

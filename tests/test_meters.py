@@ -37,7 +37,9 @@ def test_a_swap_worked_out_by_hand():
     assert added_M[layout.ROUTING_KL] == pytest.approx(math.log(8 / 7) * one, abs=4)
     assert added_M[layout.SWAPS_BY_RANK :].tolist() == [0, 1] + [0] * 14
     # not renormalised: 3 of 10 leaves, 2 of 10 comes
-    added_M = meters_ref(mass_TE, demand, executed, torch.tensor([1 / 8]), ScoreRule(renormalize=False))
+    added_M = meters_ref(
+        mass_TE, demand, executed, torch.tensor([1 / 8]), ScoreRule(renormalize=False)
+    )
     assert added_M[layout.L1_CHANGE] == pytest.approx(0.5 * one, abs=4)
 
 
@@ -103,7 +105,12 @@ def test_closed_forms_are_the_definitions(E, K, rule, protect, strength, renorma
 @pytest.mark.parametrize("T, E, K", SHAPES, ids=str)
 def test_kernel_counts_the_same(T, E, K, rule, protect, strength, renormalize, device):
     got, want = (make_state(E, half_of(E), strength, 2, where) for where in (device, "cpu"))
-    rules = {"top_k": K, "rule": rule, "protect": protect, "score_rule": ScoreRule(renormalize=renormalize)}
+    rules = {
+        "top_k": K,
+        "rule": rule,
+        "protect": protect,
+        "score_rule": ScoreRule(renormalize=renormalize),
+    }
     valid = None if T < 9 else T - 3
     num_valid = None if valid is None else torch.tensor(valid, dtype=torch.int32, device=device)
     swaps = 0
@@ -146,7 +153,11 @@ def test_scores_that_are_not_finite(renormalize, device):
     meters_M = state.meters_LM[0].cpu()
     picked = select_ref(logits_TE, state.slot_of_LE[0].cpu() >= 0, 1, Rule.MASS, 1e9)
     want_M = meters_ref(
-        exp_mass(logits_TE), picked.demand_TK, picked.ids_TK, picked.moved_T, ScoreRule(renormalize=renormalize)
+        exp_mass(logits_TE),
+        picked.demand_TK,
+        picked.ids_TK,
+        picked.moved_T,
+        ScoreRule(renormalize=renormalize),
     )
     assert (meters_M - want_M).abs().max() <= 16 * len(rows)
     most = len(rows) * layout.METER_ONE

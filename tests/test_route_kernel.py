@@ -170,7 +170,12 @@ def test_batch_equals_sequence(decay, boost, max_score, renormalize, device):
     """T tokens at once leave the state that T calls leave, bit for bit within the window."""
     logits_TE = torch.randn(75, 8, device=device)
     rules = {"decay": decay, "boost": boost, "max_score": max_score}
-    rules |= {"top_k": 2, "rule": Rule.MASS, "protect": 1, "score_rule": ScoreRule(renormalize=renormalize)}
+    rules |= {
+        "top_k": 2,
+        "rule": Rule.MASS,
+        "protect": 1,
+        "score_rule": ScoreRule(renormalize=renormalize),
+    }
     batch, sequence = (make_state(8, [1, 4, 6], 0.1, device=device) for _ in range(2))
     weights, ids = route(logits_TE, batch, 0, **rules)
     rows = [route(logits_TE[t : t + 1], sequence, 0, **rules) for t in range(75)]
@@ -207,7 +212,12 @@ def test_same_bits_on_every_grid(E, K, renormalize, device, monkeypatch):
         if tile is not None:
             monkeypatch.setattr(route_module, "tile_of", lambda T, E, K: tile)
         state = make_state(E, half_of(E), 0.2, device=device)
-        rules = {"top_k": K, "rule": Rule.MASS, "protect": 1, "score_rule": ScoreRule(renormalize=renormalize)}
+        rules = {
+            "top_k": K,
+            "rule": Rule.MASS,
+            "protect": 1,
+            "score_rule": ScoreRule(renormalize=renormalize),
+        }
         outputs = [*route(logits_TE, state, 0, **rules), *route(logits_TE, state, 0, **rules)]
         monkeypatch.undo()
         return outputs + [getattr(state, name) for name in STATE]

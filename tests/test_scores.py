@@ -23,7 +23,7 @@ TOP2_OF_4 = ScoreRule(score=Score.SIGMOID, num_groups=4, top_groups=2, scaling_f
 MAX_OF_4 = ScoreRule(
     renormalize=False, num_groups=4, top_groups=2, group_score=GroupScore.MAX, scaling_factor=16.0
 )
-MIXER = ScoreRule(score=Score.SPARSEMIXER, renormalize=False, jitter_eps=0.01)
+MIXER = ScoreRule(score=Score.SPARSEMIXER, jitter_eps=0.01)
 
 
 def row(*values):
@@ -176,27 +176,55 @@ def test_kernel_matches_the_definition(family, how, protect, strength, T, E, K, 
         assert result[1].counters_LC[0, 5] > 0, "meant to swap"
 
 
+SPECIAL = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 3e38, -3e38, 1e-45, 100.0, -100.0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ids_are_distinct_and_weights_finite_for_every_input(family, device):
+def test_every_input_has_the_definition_and_its_promises(family, device):
+    """Ties of experts and of groups, rows with nothing finite, columns beyond E."""
     rule, biased = FAMILIES[family]
-    E, K = 16, 4
-    special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 3e38, -3e38, 1e-45, 100.0, -100.0])
+    E, K = 12, 4
     generator = torch.Generator().manual_seed(3)
-    logits_TE = special[torch.randint(len(special), (64, E), generator=generator)]
-    logits_TE[0], logits_TE[1], logits_TE[2] = NAN, -200.0, INF
+    logits_TE = SPECIAL[torch.randint(len(SPECIAL), (64, E), generator=generator)]
+    for t, value in enumerate((NAN, -200.0, INF, 0.0, -50.0)):  # -50: sigmoids near 1e-20
+        logits_TE[t] = value
     logits_TE = logits_TE.to(device)
     bias_E = bias_of(E).to(device) if biased else None
-    state = make_state(E, half_of(E), 0.3, device=device)
-    weights_TK, ids_TK = route(
-        logits_TE, state, 0, top_k=K, rule=Rule.OUTPUT, protect=1,
-        score_rule=rule, correction_bias=bias_E,
-    )  # fmt: skip
-    assert weights_TK.isfinite().all()
-    assert ((ids_TK >= 0) & (ids_TK < E)).all()
-    assert (ids_TK.sort(1).values.diff(dim=1) > 0).all(), "distinct"
-    if rule.renormalize:
-        total_T = weights_TK[logits_TE.isfinite().sum(1) > 12].sum(1)
-        assert torch.allclose(total_T, torch.full_like(total_T, rule.scaling_factor), rtol=1e-5)
+    for how in (Rule.EXACT, Rule.OUTPUT):
+        (weights_TK, ids_TK), state, want, want_state = both(
+            logits_TE, half_of(E), 0.3, top_k=K, rule=how, protect=1,
+            score_rule=rule, correction_bias=bias_E,
+        )  # fmt: skip
+        assert_same((weights_TK, ids_TK), state, want, want_state, scale=rule.scaling_factor)
+        torch.testing.assert_close(weights_TK.cpu(), want[0], rtol=1e-5, atol=1e-30)
+        assert weights_TK.isfinite().all()
+        assert ((ids_TK >= 0) & (ids_TK < E)).all()
+        assert (ids_TK.sort(1).values.diff(dim=1) > 0).all(), "distinct"
+        if rule.renormalize:
+            whole_T = logits_TE.isfinite().sum(1) > 10
+            whole_T[4] = False
+            total_T = weights_TK[whole_T].sum(1)
+            assert torch.allclose(total_T, torch.full_like(total_T, rule.scaling_factor))
+
+
+def test_the_best_expert_may_be_in_a_group_that_is_not_visited(device):
+    """Its mass is that of the row all the same: 40 above the rest, whose shares are e-40."""
+    logits_TE = torch.tensor([[40.0, -90, 1, 2, 3, 0, 1, 1], [1, 2, 40, -90, 3, 0, 1, 1]])
+    rule = ScoreRule(renormalize=False, num_groups=4, top_groups=2)
+    result = both(
+        logits_TE.to(device), [2, 7], 0.9, top_k=2, rule=Rule.OUTPUT, meters=True, score_rule=rule
+    )
+    assert_same(*result)
+    assert torch.equal(result[1].meters_LM.cpu(), result[3].meters_LM)
+    torch.testing.assert_close(result[0][0].cpu(), result[2][0], rtol=1e-5, atol=0)
+    assert not (result[0][1] == torch.tensor([[0], [2]], device=device)).any()
+
+
+def test_softcap_keeps_small_logits_apart(device):
+    """Where tanh is nearly its argument: one minus an exponential would make ties of them."""
+    logits_TE = (torch.arange(8.0, device=device) * 1e-8).flip(0)[None]
+    (_, ids_TK), *_ = both(logits_TE.flip(1), [], 0.0, top_k=4, score_rule=ScoreRule(softcap=30.0))
+    assert ids_TK.tolist() == [[7, 6, 5, 4]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,6 +20,7 @@ sys.path.append(str(EXAMPLES))
 
 import corpus  # noqa: E402
 import structured_text  # noqa: E402
+import train_tiny  # noqa: E402
 
 
 def test_a_file_is_on_one_side_by_its_name():
@@ -82,6 +83,30 @@ RECIPE = (
     "--steps 4 --batch 2 --warmup 1 --layers 1 --experts 4 --top-k 2 --width 32 --expert-width 16 "
     "--heads 2 --kv-heads 1 --vocab 300 --checkpoint-every 2 --threads 1 --device cpu"
 ).split()
+
+
+def test_training_goes_through_the_gates(monkeypatch, tmp_path):
+    """And follows the losses of a model without gates, whose weights it leaves."""
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *RECIPE])
+    args = train_tiny.parse_args()
+
+    def batches(step):
+        return torch.randint(300, (2, 257), generator=torch.Generator().manual_seed(step))
+
+    trainer, plain = train_tiny.Trainer(args, batches), train_tiny.Trainer(args, batches)
+    assert type(plain.finish()) is type(trainer.model) and not plain.moe._attached
+    losses = [(trainer.train_step(), plain.train_step()) for _ in range(4)]
+    assert all(loss == pytest.approx(other, rel=1e-3) for loss, other in losses)
+    assert trainer.moe.metrics().tokens == 4 * 2 * 256 and trainer.moe.metrics().swaps == 0
+    trainer.save(tmp_path / "checkpoint.pt", {})
+    steps = trainer.step
+    trainer.train_step()
+    trainer.load(tmp_path / "checkpoint.pt", {})
+    assert trainer.step == steps
+    model = trainer.finish()
+    bound = 0.05 * max(p.abs().max() for p in plain.model.parameters())
+    for (name, p), q in zip(model.named_parameters(), plain.model.parameters(), strict=True):
+        assert (p - q).abs().max() < bound, name
 
 
 def train(out, *options):

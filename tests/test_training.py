@@ -45,7 +45,10 @@ def test_gradients_of_the_gate_are_those_of_mixtrals_router(dtype, share, device
     gate = MoEGate(32, EXPERTS, 2, device=device, dtype=dtype)
     gate.load_state_dict(router.state_dict())
     x_TD = torch.randn(40, 32, device=device, dtype=dtype)
-    pull_TK, pull_TE = torch.randn(40, 2, device=device), torch.randn(40, 8, device=device)
+    best_T3 = router(x_TD)[0].detach().float().topk(3, dim=1).values
+    x_TD = x_TD[(best_T3.diff(dim=1) < -0.02).all(1)]  # equal logits are free to order
+    T = len(x_TD)
+    pull_TK, pull_TE = torch.randn(T, 2, device=device), torch.randn(T, 8, device=device)
     found = []
     for module in (router, gate):
         x = x_TD.clone().requires_grad_(True)
@@ -54,20 +57,22 @@ def test_gradients_of_the_gate_are_those_of_mixtrals_router(dtype, share, device
         ((weights * pull_TK).sum() + 0.1 * (logits.float() * pull_TE).sum()).backward()
         found.append((ids, x.grad, module.weight.grad))
     (ids, x_grad, w_grad), (ids_, x_grad_, w_grad_) = found
-    same_T = (ids == ids_).all(1)  # equal logits at the cut are free to order
-    assert same_T.float().mean() > 0.9 and (dtype == torch.bfloat16 or same_T.all())
-    assert (x_grad - x_grad_)[same_T].abs().max() <= share * x_grad.abs().max()
-    if same_T.all():
-        assert (w_grad - w_grad_).abs().max() <= share * w_grad.abs().max()
+    assert torch.equal(ids, ids_) and T > 30
+    assert (x_grad - x_grad_).abs().max() <= share * x_grad.abs().max()
+    assert (w_grad - w_grad_).abs().max() <= share * w_grad.abs().max()
 
 
 @pytest.mark.parametrize(
-    "dtype, share", [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)], ids=["float32", "bfloat16"]
+    "implementation, dtype, share",
+    [
+        ("eager", torch.float32, 1e-5),
+        ("grouped_mm", torch.float32, 1e-5),
+        # "eager" rounds each expert's share to bfloat16: a last bit of a weight can show
+        ("grouped_mm", torch.bfloat16, 2**-6),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_losses_and_gradients_are_the_stock_models(implementation, dtype, share):
-    if (implementation, dtype) == ("eager", torch.bfloat16):
-        pytest.skip("rounds each expert's share to bfloat16: a last bit of a weight can show")
     (model, stock), ids = pair(dtype), prompt(0, batch=3, tokens=20)
     for each in (model, stock):
         each.set_experts_implementation(implementation)
@@ -120,6 +125,7 @@ def test_router_jitter_noise():
     assert_same_gradients(model, stock, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_recomputes_the_same_routing(reentrant):
     (model, stock), ids = pair(), prompt(0, batch=2)

@@ -86,9 +86,7 @@ def load(
         raise Refusal(f"--model {args.model}: {one_line(error)}") from None
     threads = args.threads
     offloader, state = moe.offloader, moe.state
-    expert_bytes = (
-        state.num_layers * state.num_experts * offloader.store.layout.expert_bytes
-    )
+    expert_bytes = state.num_layers * state.num_experts * offloader.store.layout.expert_bytes
     if threads is None and device.type == "cpu" and expert_bytes < SMALL_MODEL:
         threads = 1
     if threads is not None:

@@ -4,8 +4,9 @@ Pairs are sorted by expert on the device; each expert's slice goes through the s
 offloader names. Every pair's output is kept and the weighted sum is taken at the end, in route
 order and in float32, so neither the order of loads nor waves can change a bit of the result.
 
-Where every expert is resident, the parameters are whole, and the implementation that the model had
-before runs on them wherever ours cannot: in a trace, in a CUDA graph, and where a gradient is wanted.
+Where every expert is resident, the parameters are whole, and the implementation that the model
+had before runs on them wherever ours cannot: in a trace, in a CUDA graph, and where a gradient is
+wanted.
 
 Importing this module registers the name, once and for good: it is inert for a model that is not
 attached, and unregistering while another model is attached would break that one.

@@ -6,10 +6,11 @@ of ``tests/zoo.py``, whose tests compare it with the stock model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,12 +27,15 @@ class RouterFamily:
             score rule this router's.
         weights_dtype: ``block -> dtype`` of its mixing weights; None: that of its logits.
         bias: ``block -> (E,)`` correction bias of the block's router; None where there is none.
+        since: First transformers in which the class is as described here; before, its results had
+            another order or its cache another size.
     """
 
     logits: Logits
     score: Callable[[nn.Module], dict[str, object]]
     weights_dtype: Callable[[nn.Module], torch.dtype | None]
     bias: Callable[[nn.Module], torch.Tensor | None] = lambda block: None
+    since: tuple[int, int] = (5, 17)
 
 
 class MoEBlock(NamedTuple):
@@ -106,7 +110,9 @@ def _softmax_in_best_groups(router: nn.Module) -> dict[str, object]:
         groups = {"num_groups": router.num_group, "top_groups": router.topk_group}
         rule |= groups | {"group_score": "max"}
     elif router.topk_method != "greedy":
-        raise ValueError(f"topk_method={router.topk_method!r} is not known")
+        raise ValueError(
+            f"topk_method={router.topk_method!r} is not known: 'greedy', 'group_limited_greedy' are"
+        )
     return rule
 
 
@@ -186,7 +192,8 @@ _QWEN = RouterFamily(_linear, _softmax, _of_logits)
 _QWEN_RENORMALIZED = RouterFamily(_linear, _softmax_of_chosen, _of_logits)
 _MIXTRAL = RouterFamily(_linear, _softmax_of_chosen, _float32)
 _DEEPSEEK_V3 = RouterFamily(_linear_in_float32, _sigmoid_in_best_groups, _float32, _bias_of_router)
-_GRANITE = RouterFamily(_linear_to_float32, _softmax_of_chosen, _of_model)
+_DEEPSEEK_SPARSE = replace(_DEEPSEEK_V3, since=(5, 20))
+_GRANITE = RouterFamily(_linear_to_float32, _softmax_of_chosen, _of_model, since=(5, 21))
 
 FAMILIES = {
     "MixtralTopKRouter": _MIXTRAL,
@@ -209,7 +216,7 @@ FAMILIES = {
     ),
     "AXK1TopkRouter": _DEEPSEEK_V3,
     "Cohere2MoeTopKRouter": RouterFamily(_linear, _softmax_or_sigmoid, _of_model),
-    "DeepseekV32TopkRouter": _DEEPSEEK_V3,
+    "DeepseekV32TopkRouter": _DEEPSEEK_SPARSE,
     "Dots1TopkRouter": _DEEPSEEK_V3,
     "Ernie4_5_MoeTopKRouter": RouterFamily(
         _linear_in_float32, _softmax_of_chosen, _of_model, _bias_of_statics
@@ -217,7 +224,7 @@ FAMILIES = {
     "ExaoneMoeTopkRouter": _DEEPSEEK_V3,
     "FlexOlmoTopKRouter": _QWEN,
     "Glm4MoeLiteTopkRouter": _DEEPSEEK_V3,
-    "GlmMoeDsaTopkRouter": _DEEPSEEK_V3,
+    "GlmMoeDsaTopkRouter": _DEEPSEEK_SPARSE,
     "GraniteMoeHybridTopKRouter": _GRANITE,
     "GraniteMoeSharedTopKRouter": _GRANITE,
     "GraniteMoeSWATopKRouter": _GRANITE,
@@ -255,8 +262,8 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
     """Return the MoE blocks of a model in module order, which is layer order.
 
     Raises:
-        ValueError: No block, a router of an unknown class, or experts that are not packed
-            parameters with one weight up and one down.
+        ValueError: No block, a router of an unknown class or of a transformers too old, or experts
+            that are not packed parameters with one weight up and one down.
     """
     known = ", ".join(FAMILIES)
     blocks = []
@@ -272,6 +279,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
             raise ValueError(
                 f"{name}: router class {found} is not supported; known: {known}\n{HOW_TO_ADD}"
             )
+        _check_version(name, found)
         _check_experts(name, experts)
         blocks.append(MoEBlock(name, module, router, experts, FAMILIES[found]))
     if not blocks:
@@ -291,6 +299,15 @@ def score_arguments(block: MoEBlock) -> dict[str, object]:
     except ValueError as error:
         raise ValueError(f"{block.name}: {type(router).__name__} with {error}") from error
     return rule | {"weights_dtype": family.weights_dtype(block.module)}
+
+
+def _check_version(name: str, found: str) -> None:
+    major, minor = FAMILIES[found].since
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (major, minor):
+        raise ValueError(
+            f"{name}: {found} is supported as of transformers {major}.{minor}, this is "
+            f"{transformers.__version__}: upgrade it"
+        )
 
 
 def _check_experts(name: str, experts: nn.Module) -> None:

@@ -109,11 +109,15 @@ def _sources(
     stacked = [(MergeModulelist, 0)] + [(Concatenate, 1)] * (len(patterns) > 1)
     if operations != stacked:
         raise CheckpointError(
-            f"{name} is made of {origin.all_keys()[0]} by {origin.converter.operations}: such "
-            "experts cannot be read from the files one by one"
+            f"{name} is made of {origin.all_keys()[0]} by {_describe(origin.converter)}: such "
+            "experts cannot be read from the files one by one, use from_pretrained and attach()"
         )
     columns = [_by_expert(name, p, origin.keys.get(p, []), shape[0]) for p in patterns]
     return [tuple(Source(key) for key in row) for row in zip(*columns, strict=True)]
+
+
+def _describe(converter: WeightConverter) -> str:
+    return ", ".join(type(operation).__name__ for operation in converter.operations)
 
 
 def _by_expert(name: str, pattern: str, keys: list[str], num_experts: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Slots that hold every expert from the start: the model's own tensors, which nothing is copied into.
+"""Slots that hold every expert from the start: the model's own tensors, never copied into.
 
 Shape suffixes as in :mod:`moe_gpu.offload.transfer.host`.
 """
@@ -33,8 +33,14 @@ class NoTransfer(Transfer):
         self.views_G = [dict(weights) for weights in weights_L]
         self._slot_of_rows = slot_of_LE.unbind(0)
 
-    def piece(self, copy: Copy, start: int, stop: int) -> NoReturn:
-        """Refuse: whoever orders a copy takes the weights for somewhere else."""
+    def begin(self, copy: Copy) -> NoReturn:
+        """Refuse: whoever orders a copy takes the weights to be somewhere else."""
         raise RuntimeError("every expert is resident: nothing is copied")
 
-    begin = bytes_of = piece
+    def piece(self, copy: Copy, start: int, stop: int) -> NoReturn:
+        """Refuse likewise."""
+        self.begin(copy)
+
+    def bytes_of(self, place: int) -> NoReturn:
+        """Refuse likewise: parameters of an expert do not lie together."""
+        raise RuntimeError("every expert is resident: nothing is copied, nor kept to compare with")
