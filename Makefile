@@ -1,6 +1,8 @@
 # make demo       the main job: a small trained Mixtral-style model writes text through the gate
 # make test       the tests that every change must pass
-# make test-all   also those marked slow: every shipped kernel variant for every GPU
+# make test-all   also those marked slow: every shipped kernel variant for every GPU; then the tests
+#                 that face transformers with the oldest version that is supported, and the newest,
+#                 which constraints-oldest.txt and constraints-newest.txt put beside .venv's own
 # make lint       ruff, check and format
 # make clean      the virtual environment and everything built
 #
@@ -28,8 +30,20 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-test-all: $(STAMP)
+# what faces transformers; a folder in front of .venv's packages holds another version of it
+FACING := $(addprefix tests/test_, families.py refusals.py attach.py attach_refusals.py \
+	all_resident.py load.py loading.py checkpoint.py cli_plan.py budget.py compile.py training.py \
+	several_devices.py exact.py tiny_model.py)
+
+test-all: $(STAMP) $(VENV)/oldest/.installed $(VENV)/newest/.installed
 	$(BIN)/pytest --all $(PYTEST_ARGS)
+	PYTHONPATH=$(VENV)/oldest $(BIN)/pytest $(PYTEST_ARGS) $(FACING)
+	PYTHONPATH=$(VENV)/newest $(BIN)/pytest $(PYTEST_ARGS) $(FACING)
+
+$(VENV)/%/.installed: constraints-%.txt $(STAMP)
+	rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) -r $<
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -86,7 +86,7 @@ def _route_tile(
         x_te = capped(x_te, softcap)
     code_te = tl.broadcast_to((offs_e * 2 + missing_e)[None, :], [BLOCK_T, offs_e.shape[0]])
     SPLIT: tl.constexpr = SCORE == SIGMOID or HAS_BIAS
-    every_te, mass_te = scored(x_te, bias_e, mask_e, SCORE, HAS_BIAS)
+    every_te, mass_te = scored(x_te, bias_e, mask_e, SCORE, HAS_BIAS, TOP_GROUPS < NUM_GROUPS)
     all_te = every_te  # the candidates
     if TOP_GROUPS < NUM_GROUPS:
         best_te = in_best_groups(

@@ -44,7 +44,9 @@ def _sum_of_units(share_te):
 
 
 @triton.jit
-def scored(x_te, bias_e, mask_e, SCORE: tl.constexpr, HAS_BIAS: tl.constexpr):
+def scored(
+    x_te, bias_e, mask_e, SCORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GROUPS: tl.constexpr
+):  # fmt: skip
     """Keys of the selection scores, TAKEN where there is no expert, and with SPLIT the masses."""
     key_te = tl.where(mask_e[None, :], order_key(x_te), TAKEN)
     mass_te = x_te
@@ -55,7 +57,7 @@ def scored(x_te, bias_e, mask_e, SCORE: tl.constexpr, HAS_BIAS: tl.constexpr):
         mass_te = tl.where(key_te > NONFINITE, tl.exp(x_te - top_t[:, None]), 0.0)
         total_t = _sum_of_units(mass_te)
         mass_te = mass_te / tl.where(total_t > 0.0, total_t, 1.0)[:, None]
-    if SCORE == SIGMOID or HAS_BIAS:
+    if HAS_BIAS or (SCORE == SIGMOID and HAS_GROUPS):
         selection_te = mass_te
         if HAS_BIAS:
             selection_te = selection_te + bias_e[None, :]
@@ -172,6 +174,7 @@ def mixing_weights_of(
                 total_t = row_mass_of(x_te, key_te, top_t)
         dead_t = total_t <= 0.0
         if SCORE == SOFTMAX and SPLIT and not RENORMALIZE:
+            dead_t = tl.max(mass_te, axis=1) <= 0.0  # the chosen may underflow, the best cannot
             scale_t = tl.full(total_t.shape, 1.0, tl.float32)
         elif SCORE == SIGMOID and not RENORMALIZE:
             scale_t = tl.full(total_t.shape, 1.0, tl.float32)

@@ -8,7 +8,7 @@ from .score_ref import GroupScore, Score
 
 MAX_EXPERTS = 1024
 MAX_TOP_K = 16
-MAX_GROUPS = 32  # the kernel's loops over groups are unrolled
+MAX_GROUPS = 32  # the kernel keeps a bit for each in one word
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -99,6 +99,10 @@ def check_groups(rule, num_experts, top_k):
 
 def check_out(out, T, top_k, device):
     """Refuse output tensors that do not fit a call of T tokens."""
+    if not (isinstance(out, (tuple, list)) and len(out) == 2) or not all(
+        isinstance(tensor, torch.Tensor) for tensor in out
+    ):
+        raise TypeError(f"out must be (weights, ids), two tensors, got {out!r}")
     weights_TK, ids_TK = out
     for name, tensor in (("out weights", weights_TK), ("out ids", ids_TK)):
         if tuple(tensor.shape) != (T, top_k):

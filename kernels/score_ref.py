@@ -8,9 +8,13 @@ score          selection score s     mass p              mixing weight, before s
 =============  ====================  ==================  =======================================
 SOFTMAX        x                     softmax of x        p, or p / sum(p of the executed)
 SOFTMAX and b  softmax of x, plus b  softmax of x        the same
-SIGMOID        sigmoid(x) + b        sigmoid(x)          p, or p / (sum(p of the executed) + 1e-20)
+SIGMOID        x                     sigmoid(x)          p, or p / (sum(p of the executed) + 1e-20)
+SIGMOID and b  sigmoid(x) + b        sigmoid(x)          the same
 SPARSEMIXER    x                     softmax of x        one masked softmax per executed expert
 =============  ====================  ==================  =======================================
+
+Sigmoid with groups but no bias scores as with one that is zero: sums of logits would be others.
+Without either, large logits, whose sigmoids are all 1, keep their order.
 
 Experts are chosen by s. What a swap costs is told by p, also where the two differ (:class:`Rule`
 of :mod:`.route_ref`). An expert whose logit or s is not finite ranks last; whose logit is not, it
@@ -145,7 +149,8 @@ def score_ref(
     x_TE = capped(logits_TE, rule.softcap)
     if rule.score == Score.SIGMOID:
         mass_TE = torch.where(x_TE.isfinite(), x_TE, -torch.inf).sigmoid()
-        selection_TE = mass_TE
+        is_ranked_by_it = bias_E is not None or rule.has_groups
+        selection_TE = mass_TE if is_ranked_by_it else x_TE
     else:
         mass_TE = exp_mass(x_TE)
         selection_TE = x_TE
@@ -197,8 +202,8 @@ def mixing_weights(
 ) -> torch.Tensor:
     """Return the weights of the executed experts, ``(T, K)`` float32; differentiable.
 
-    A correction bias never reaches a weight, so none is asked for. A row with no finite logit
-    among the executed, or whose weights all underflow, is uniform.
+    A correction bias never reaches a weight, so none is asked for. A row with no finite logit is
+    uniform, and so is one whose sigmoids all underflow to 0.
 
     Args:
         logits_TE: ``(T, E)`` float32 (float64 stays so).

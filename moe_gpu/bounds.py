@@ -61,5 +61,5 @@ def check_one_of(name: str, value: str, known: Collection[str]) -> None:
     Raises:
         ValueError: Lists them.
     """
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

@@ -24,7 +24,7 @@ from .bounds import check_int, check_one_of, check_real
 from .kernels import layout
 from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
 from .kernels.route import route, route_path
-from .kernels.route_ref import AffinityFrom
+from .kernels.route_ref import AffinityFrom, Rule
 from .kernels.score_ref import Score, mixing_weights
 from .latency import RouteTimer, summarize_us
 from .metrics import Metrics, meter_figures, routing_counts
@@ -264,7 +264,8 @@ class MoEGate(nn.Module):
         Raises:
             ValueError: Wrong shape or device, or ``out`` where a gradient is required.
             TypeError: Logits that are not floating point.
-            RuntimeError: A gradient through a sparsemixer router, whose training rule is another.
+            RuntimeError: A gradient in training mode through a sparsemixer router, whose training
+                rule is another.
         """
         _check_float_tensor("logits", logits)
         if num_valid is not None and not isinstance(num_valid, torch.Tensor):
@@ -272,19 +273,25 @@ class MoEGate(nn.Module):
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
         if needs_grad and out is not None:
             raise ValueError("out cannot be given for logits that require a gradient")
-        if needs_grad and self.score_rule.score == Score.SPARSEMIXER:
+        if needs_grad and self.training and self.score_rule.score == Score.SPARSEMIXER:
             raise RuntimeError(
                 "a sparsemixer router draws its experts at random in training, which the gate does "
-                "not do: call it under torch.no_grad()"
+                "not do: call eval(), or it under torch.no_grad()"
             )
         if correction_bias is None:
             correction_bias = self.e_score_correction_bias
         T = logits.shape[0] if logits.ndim == 2 else 0
-        policy = self._policy if T <= self.max_policy_tokens else Exact()
+        policy = self._policy
+        if (
+            policy.rule != Rule.EXACT and T > self.max_policy_tokens
+        ):  # else no guard on T in a trace
+            policy = Exact()
         if T > 4096 and logits.shape[1] == self.num_experts:  # else route() refuses
             self.state.reserve(T, self.decay)
         # float64 (gradient checks) is routed as float32 and weighed as float64
         scores = logits.float() if logits.dtype == torch.float64 else logits
+        if correction_bias is not None and correction_bias.dtype == torch.float64:
+            correction_bias = correction_bias.float()
         arguments = {
             "top_k": self.top_k,
             "rule": policy.rule,
@@ -325,7 +332,13 @@ class MoEGate(nn.Module):
         Raises:
             TypeError: An id that is not an int.
             ValueError: An id outside [0, E) or given twice.
+            RuntimeError: An offloader owns residency.
         """
+        if self.state.is_owned:
+            raise RuntimeError(
+                "set_resident() is for a gate without an offloader: this model's has one, which "
+                "says who is resident"
+            )
         # ids out of NumPy or a tensor are as good as Python's
         expert_ids = [_as_int("expert id", expert) for expert in expert_ids]
         for expert in expert_ids:

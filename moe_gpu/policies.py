@@ -31,7 +31,9 @@ class CacheBonus:
 
     Attributes:
         bonus: In selection-score units (``scale="absolute"``), or as a fraction of the token's
-            score range (``scale="logit_range"``). Finite, ``>= 0``.
+            score range (``scale="logit_range"``). Finite, ``>= 0``. The unit is a logit, but with a
+            correction bias or groups of sigmoids a probability or a sigmoid, in which 0.15 is far
+            more: take ``"logit_range"`` there.
         scale: ``"absolute"`` or ``"logit_range"``: bonus x (max - min of the token's finite
             selection scores).
         protect: The first ``protect`` experts of the demand are always executed. 0 with an
@@ -69,7 +71,7 @@ class MassBudget:
 
     Attributes:
         budget: Largest ``sum(p(swapped away) - p(stand-in)) / sum(p(demand))`` per token, p the
-            softmax over all experts. 0 allows no swap. Finite, ``>= 0``; 1 or more never binds.
+            mass of :mod:`moe_gpu.kernels.score_ref`: the softmax over all experts, or sigmoids. 0 allows no swap. Finite, ``>= 0``; 1 or more never binds.
         protect: The first ``protect`` experts of the demand are never swapped away.
 
     Source:

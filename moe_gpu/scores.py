@@ -6,6 +6,7 @@ from .bounds import check_int, check_one_of, check_real
 from .kernels.checks import check_groups
 from .kernels.score_ref import GroupScore, Score, ScoreRule
 
+SMALLEST = 2.0**-126  # below, float32 loses digits
 SCORES = {score.name.lower(): score for score in Score}
 GROUP_SCORES = {score.name.lower(): score for score in GroupScore}
 
@@ -35,12 +36,11 @@ def make_score_rule(
             raise TypeError(f"{name} must be True or False, got {value!r}")
     check_one_of("score", score, SCORES)
     check_one_of("group_score", group_score, GROUP_SCORES)
-    check_real("scaling_factor", scaling_factor, 0.0)
-    if scaling_factor == 0:
-        raise ValueError(f"scaling_factor must be > 0, got {scaling_factor}")
+    check_real("scaling_factor", scaling_factor, SMALLEST)
     check_int("num_groups", num_groups, 1)
     check_int("top_groups", top_groups, 1)
-    check_real("softcap", softcap, 0.0)
+    if softcap != 0:
+        check_real("softcap", softcap, SMALLEST)
     check_real("jitter_eps", jitter_eps, 0.0)
     if score == "sparsemixer" and correction_bias:
         raise ValueError("correction_bias=True has no meaning with score='sparsemixer'")

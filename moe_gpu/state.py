@@ -62,6 +62,8 @@ class RouterState(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         # by layer, what set_policy() was given: for when the tensors were on the meta device
         self._policies: dict[int, tuple[float, list[float]]] = {}
+        # by an offloader, which alone may then write slot_of_LE
+        self.is_owned = False
         # a captured CUDA graph keeps the address it saw: outgrown scratch is never freed
         self._outgrown = []
 
@@ -175,7 +177,13 @@ class RouterState(nn.Module):
             raise ValueError(
                 f"unknown in saved: {', '.join(unknown)}; known: {', '.join(_RUNTIME)}"
             )
-        missing = [name for name in _RUNTIME if name not in saved]
+        if self.is_owned and "slot_of" in saved:
+            raise ValueError(
+                "slot_of cannot be loaded: the offloader of this model owns residency. Leave it out "
+                "(del saved['slot_of']); save_residency() and attach(..., residency=...) restore it"
+            )
+        needed = [name for name in _RUNTIME if not self.is_owned or name != "slot_of"]
+        missing = [name for name in needed if name not in saved]
         if strict and missing:
             raise ValueError(f"missing in saved: {', '.join(missing)}; strict=False leaves them")
         for name, tensor in saved.items():
@@ -207,8 +215,8 @@ class RouterState(nn.Module):
                 )
 
     def __getstate__(self):
-        # a copy has no captured graph
-        return self.__dict__ | {"_outgrown": []}
+        # a copy has no captured graph, and no offloader
+        return self.__dict__ | {"_outgrown": [], "is_owned": False}
 
     def _apply(self, fn, recurse=True):
         # .half() and .to(dtype) must not reach counters or affinity: follow the device only

@@ -1,4 +1,4 @@
-"""Put the measured numbers into README.md and docs/quality.md, or check that they are right.
+"""Put measured numbers and the table of families into README.md and docs/quality.md, or check them.
 
 Usage:
     python profiling/readme_table.py            # rewrite what lies between the two markers
@@ -7,7 +7,8 @@ Usage:
 Reads ``quality.json`` in ``profiling/results``: its ``headline`` becomes the table, its rows of
 the default policy a sentence, its ``conditions`` the line under it. What was not measured, and
 everything of a file that is not there, reads "not measured". What ``eviction.json`` beside it
-found, if it is there, follows in a sentence.
+found, if it is there, follows in a sentence. ``families.json`` becomes the table of families:
+model types of which the same works share a row.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+MARKERS = "<!-- {}: begin -->", "<!-- {}: end -->"
 NOT_MEASURED = "not measured"
 
 LIMIT = "0.5"  # % perplexity at which the curves are read
@@ -42,11 +43,15 @@ def main() -> int:
     args = parser.parse_args()
 
     results = args.results / "quality.json"
-    after = {
-        path: fill(path, part(results))
-        for path, part in ((args.readme, measured), (args.page, against_rivals))
-    }
-    stale = [path for path in after if after[path] != path.read_text(encoding="utf-8")]
+    before = {path: path.read_text(encoding="utf-8") for path in (args.readme, args.page)}
+    after = dict(before)
+    for path, name, part in (
+        (args.readme, "measured", measured(results)),
+        (args.readme, "families", families(args.results / "families.json")),
+        (args.page, "measured", against_rivals(results)),
+    ):
+        after[path] = fill(path.name, after[path], name, part)
+    stale = [path for path in after if after[path] != before[path]]
     for path in stale:
         if args.check:
             print(
@@ -57,14 +62,34 @@ def main() -> int:
     return int(args.check and bool(stale))
 
 
-def fill(path: Path, table: str) -> str:
-    """Return the text of a file with ``table`` between the markers."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{path.name} must hold {BEGIN} and {END} exactly once")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+def fill(title: str, text: str, name: str, table: str) -> str:
+    """Return the text of a file with ``table`` between the markers of that name."""
+    begin, end = (marker.format(name) for marker in MARKERS)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{title} must hold {begin} and {end} exactly once")
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{table}\n{end}{tail}"
+
+
+def families(path: Path) -> str:
+    """Return what works with which model types, one row for those of which the same works."""
+    if not path.exists():
+        return NOT_MEASURED
+    content = json.loads(path.read_text(encoding="utf-8"))
+    alike: dict[tuple, list[str]] = {}
+    for row in content["rows"]:
+        alike.setdefault(tuple(row["cells"].items()), []).append(f"`{row['family']}`")
+    columns = list(content["rows"][0]["cells"])
+    lines = [["model type", *columns], ["---"] * (1 + len(columns))]
+    for cells, names in sorted(alike.items(), key=lambda item: -len(item[1])):
+        lines.append([", ".join(names), *dict(cells).values()])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    facts = "; ".join(f"{name} {value}" for name, value in content["conditions"].items())
+    return (
+        f"{table}\n\nOn small random models, with {facts}; what each column stands for is in "
+        "[families.md](profiling/results/families.md)."
+    )
 
 
 def against_rivals(path: Path) -> str:

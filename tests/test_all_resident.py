@@ -1,7 +1,10 @@
 """Every expert resident: the parameters are the slots, so nothing of the model is hidden."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from transformers import MixtralForCausalLM
 
 import moe_gpu
@@ -247,13 +250,14 @@ def test_out_of_memory_is_said_as_such(monkeypatch):
         weights_module._empty(3, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def test_converting_it_is_still_noticed_where_slots_are_read():
+def test_a_conversion_is_followed():
     model, moe = attached()
     model.bfloat16()
-    with pytest.raises(RuntimeError, match="gate_up_proj is no longer the device slots"):
-        logits_of(model, prompt(0))
+    with torch.no_grad():
+        ours = model(prompt(0)).logits
     moe.detach()
-    assert logits_of(model, prompt(0)).dtype == torch.bfloat16
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, logits_of(model, prompt(0)), rtol=0.05, atol=0.5)
 
 
 def test_a_loaded_model_trains_and_becomes_an_ordinary_one(folder):
@@ -346,3 +350,84 @@ def test_on_a_device_and_back(dtype):
     for name, parameter in model.named_parameters():
         assert parameter.device.type == parameter.grad.device.type == "cpu", name
         assert torch.equal(parameter, changed[name]), name
+
+
+# -- weights that are not the attached ones any more
+
+
+class Adapted(torch.nn.Module):
+    """What an adapter on a packed parameter adds for the time of a forward."""
+
+    def forward(self, weight):
+        return weight + 0.1
+
+
+def test_an_adapter_counts_with_and_without_a_gradient():
+    model, moe = attached()
+    experts = model.model.layers[0].mlp.experts
+    before = logits_of(model, prompt(0))
+    with moe:
+        torch.nn.utils.parametrize.register_parametrization(experts, "down_proj", Adapted())
+        trained, eager = model(prompt(0)).logits, logits_of(model, prompt(0))
+        torch.testing.assert_close(trained, eager)
+        assert not torch.allclose(eager, before, atol=0.1)
+        parametrize = torch.nn.utils.parametrize
+        parametrize.remove_parametrizations(experts, "down_proj", leave_parametrized=False)
+        torch.testing.assert_close(logits_of(model, prompt(0)), before)
+
+
+def test_weights_that_were_assigned_are_used():
+    model, moe = attached()
+    other = make_model(seed=1)
+    with moe:
+        model.load_state_dict(other.state_dict(), assign=True)
+        torch.testing.assert_close(logits_of(model, prompt(0)), logits_of(other, prompt(0)))
+    torch.testing.assert_close(logits_of(model, prompt(0)), logits_of(other, prompt(0)))
+
+
+def test_attaching_keeps_gradients_that_are_there():
+    model = make_model()
+    model(prompt(0), labels=prompt(0)).loss.backward()
+    want = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    with moe_gpu.attach(model, resident=1.0, policy=Exact()):
+        model(prompt(0), labels=prompt(0)).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * want[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="holds a gradient, which would stay behind"):
+        moe_gpu.attach(model, slots=4)
+
+
+def test_residency_belongs_to_the_offloader():
+    saved = None
+    for options in ({"slots": 4}, {"resident": 1.0}):
+        with moe_gpu.attach(make_model(), policy=Exact(), **options) as moe:
+            before = moe.state.slot_of_LE.clone()
+            with pytest.raises(RuntimeError, match="for a gate without an offloader"):
+                moe.gates[0].set_resident([0, 1])
+            saved = saved or moe.state.runtime_state_dict()
+            with pytest.raises(ValueError, match="slot_of cannot be loaded.*Leave it out"):
+                moe.state.load_runtime_state_dict(saved)
+            rest = {name: tensor for name, tensor in saved.items() if name != "slot_of"}
+            moe.state.load_runtime_state_dict(rest)
+            assert torch.equal(moe.state.slot_of_LE, before)
+    moe.gates[0].set_resident([0, 1])  # nobody owns it any more
+
+
+def test_a_config_copied_from_an_attached_model():
+    model, moe = attached()
+    with moe:
+        twin = MixtralForCausalLM(copy.deepcopy(model.config)).eval()
+    with moe_gpu.attach(twin, resident=1.0):
+        twin(prompt(0)).logits.sum().backward()
+    assert "moe_gpu" not in twin.get_experts_implementation().values()
+    text_of(twin, prompt(0))
+
+
+def test_experts_that_want_a_gradient_are_refused_in_slots():
+    model = make_model()
+    with moe_gpu.attach(model, slots=4, policy=Exact()):
+        model.requires_grad_(False)
+        model.model.layers[1].mlp.experts.down_proj.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"have no gradient, but a parameter.*resident=1\.0"):
+            model(prompt(0))
+        logits_of(model, prompt(0))

@@ -159,7 +159,9 @@ def test_weights(change, message):
 def test_a_model_in_two_places():
     model = make_model()
     model.lm_head.to("meta")
-    with pytest.raises(ValueError, match=r"on one device, or be split by .*device_map=.*got cpu, meta"):
+    with pytest.raises(
+        ValueError, match=r"on one device, or be split by .*device_map=.*got cpu, meta"
+    ):
         moe_gpu.attach(model, slots=2)
 
 

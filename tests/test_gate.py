@@ -416,3 +416,46 @@ def test_wrong_width_and_missing_projection(device):
         logits_TE = torch.randn(1, 8, device=device, requires_grad=True)
         out = (torch.empty(1, 2, device=device), torch.empty(1, 2, device=device).long())
         make_gate(device).route(logits_TE, out=out)
+
+
+def test_sparsemixer_has_a_gradient_in_eval_and_none_in_training(device):
+    gate = MoEGate(num_experts=8, score="sparsemixer", jitter_eps=0.5, device=device)
+    logits = torch.randn(5, 8, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"draws its experts at random in training.*eval\(\)"):
+        gate.route(logits)
+    gate.eval().route(logits).weights.sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_float64_with_a_correction_bias(device):
+    gate = MoEGate(16, 8, score="sigmoid", correction_bias=True, device=device).double()
+    assert gate.e_score_correction_bias.dtype == torch.float64
+    weights = gate(torch.randn(3, 16, device=device, dtype=torch.float64)).weights
+    assert weights.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"score": ["softmax"]}, "score must be one of 'softmax', 'sigmoid', 'sparsemixer', got"),
+        ({"group_score": "mean"}, "group_score must be one of 'top2_sum', 'max', got 'mean'"),
+        ({"scaling_factor": 1e-46}, "scaling_factor must be finite and >= 1.17"),
+        ({"scaling_factor": float("nan")}, "scaling_factor must be finite"),
+        ({"softcap": 1e-46}, "softcap must be finite and >= 1.17"),
+        ({"softcap": -1.0}, "softcap must be finite"),
+        ({"num_groups": 3}, "num_groups must divide num_experts=8"),
+        ({"num_groups": 4, "top_groups": 5}, r"top_groups must lie in \[1, 4\]"),
+        ({"score": "sparsemixer", "correction_bias": True}, "correction_bias=True has no meaning"),
+    ],
+)
+def test_score_arguments_outside_their_bounds(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoEGate(num_experts=8, **arguments)
+
+
+@pytest.mark.parametrize("name", ["renormalize", "correction_bias", "num_groups", "softcap"])
+def test_score_arguments_of_another_type(name):
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        MoEGate(num_experts=8, **{name: "1"})
+    with pytest.raises(TypeError, match="weights_dtype must be float32"):
+        MoEGate(num_experts=8, weights_dtype=torch.float64)

@@ -143,6 +143,20 @@ def test_lower_bounds_are_the_promised_ones():
     assert setup_keyword("python_requires") == ">=3.11"
 
 
+def test_other_transformers_are_the_oldest_allowed_and_a_newer_one():
+    def pinned(name):
+        lines = (ROOT / name).read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith("transformers==")]
+        return Version(line.removeprefix("transformers=="))
+
+    oldest, own, newest = (
+        pinned(f"constraints{which}.txt") for which in ("-oldest", "", "-newest")
+    )
+    (wanted,) = {text for text in all_extras() if text.startswith("transformers")}
+    assert wanted == f"transformers>={oldest.major}.{oldest.minor}"
+    assert oldest < own <= newest
+
+
 def test_nothing_is_pinned_twice():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     names = [canonicalize_name(line.split("==")[0]) for line in lines if "==" in line]

@@ -113,6 +113,8 @@ def table(tmp_path):
     readme, page = tmp_path / "README.md", tmp_path / "quality.md"
     for path in (readme, page):
         path.write_text("a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
+    with readme.open("a") as file:
+        file.write("<!-- families: begin -->\nold\n<!-- families: end -->\nb\n")
     results = tmp_path / "results"
     results.mkdir()
 
@@ -204,6 +206,23 @@ def test_table_says_what_eviction_is_worth(table):
         in text
     )
     assert "it loses 1.00 points." in text
+
+
+def test_families_of_which_the_same_works_share_a_row(table):
+    works, trains_not = {"load": "yes", "train": "yes"}, {"load": "yes", "train": "refused"}
+    rows = [("b", trains_not), ("a", works), ("c", works)]
+    content = {
+        "conditions": {"torch": "2.13.0"},
+        "rows": [{"family": name, "cells": cells} for name, cells in rows],
+    }
+    table.results.with_name("families.json").write_text(json.dumps(content))
+    assert table().returncode == 0
+    text = table.readme.read_text()
+    assert "| model type | load | train |\n| --- | --- | --- |\n| `a`, `c` | yes | yes |\n" in text
+    assert "| `b` | yes | refused |\n\nOn small random models, with torch 2.13.0;" in text
+    content["rows"][0]["cells"]["train"] = "yes"
+    table.results.with_name("families.json").write_text(json.dumps(content))
+    assert table("--check").returncode == 1
 
 
 def test_table_refuses_a_readme_without_markers(table):

@@ -260,6 +260,24 @@ def test_same_bits_on_every_grid(device, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_shares_that_underflow_beside_the_best(device):
+    """The bias chose an expert whose share of the softmax is 0: that is its weight."""
+    logits_TE = torch.tensor([[200.0, 0.0]], device=device)
+    bias_E = torch.tensor([-2.0, 0.0], device=device)
+    rule = ScoreRule(renormalize=False)
+    result = both(logits_TE, [], 0.0, top_k=1, score_rule=rule, correction_bias=bias_E)
+    assert_same(*result)
+    assert result[0][0].item() == 0.0 and result[0][1].item() == 1
+
+
+def test_saturated_sigmoids_keep_the_order_of_the_logits(device):
+    """Cohere2-MoE ranks by logits; 18 and 40 have the same sigmoid in float32."""
+    logits_TE = torch.tensor([[18.0, 25.0, 30.0, 40.0]], device=device)
+    result = both(logits_TE, [], 0.0, top_k=2, score_rule=SIGMOID)
+    assert_same(*result)
+    assert result[0][1].tolist() == [[3, 2]]
+
+
 # -- refusals
 
 
@@ -288,3 +306,5 @@ def test_refusals():
     refuse(ValueError, r"shape \(8,\), got \(7,\)", correction_bias=torch.zeros(7))
     refuse(ValueError, "contiguous", correction_bias=torch.zeros(16)[::2])
     refuse(ValueError, "no meaning", score_rule=MIXER, correction_bias=torch.zeros(8))
+    refuse(TypeError, "two tensors", out=[torch.empty(3, 2)])
+    refuse(TypeError, "two tensors", out=(None, None))

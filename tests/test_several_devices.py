@@ -14,6 +14,7 @@ import torch
 from transformers import MixtralForCausalLM
 
 import moe_gpu
+from children import exit_status_of_fork
 from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
     EXPERTS,
     logits_of,
@@ -24,6 +25,7 @@ from mixtral import (  # noqa: F401 - the last is a fixture that runs by itself
 )
 from moe_gpu import Exact, QualityBudget
 from moe_gpu.huggingface import part
+from moe_gpu.tuning.quality import Evaluation
 
 LAYERS = 5
 SPLIT = [[0, 2, 3], [1, 4]]  # not even in runs
@@ -159,6 +161,17 @@ def test_everything_resident_trains(two_devices):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX only")
+def test_a_forked_child_has_one_lock_too(two_devices):
+    with moe_gpu.attach(make(), slots=3) as moe:
+        own = moe.offloaders[0].lock
+
+        def child():
+            assert moe.offloaders[0].lock is moe.offloaders[1].lock is not own
+
+        assert exit_status_of_fork(child) == 0
+
+
 # -- refusals
 
 
@@ -187,6 +200,14 @@ def test_a_device_map_of_dense_parts_elsewhere_is_fine():
     with moe_gpu.attach(model, slots=2) as moe:
         assert model.lm_head.weight.is_meta and len(moe.states) == 1
     assert model.lm_head.weight.is_meta
+
+
+def test_tuning_asks_for_one_device(two_devices):
+    with (
+        moe_gpu.attach(make(), slots=3) as moe,
+        pytest.raises(ValueError, match=r"split over several devices cannot be evaluated.*detach"),
+    ):
+        Evaluation(moe, prompt(0, batch=2))
 
 
 def test_sharded_weights_are_refused(tmp_path):

@@ -4,6 +4,7 @@ A family is a row of :data:`ZOO`; what its config says beyond :data:`COMMON` mak
 that family has: groups of experts, correction biases, shared experts, layers without attention.
 """
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +62,7 @@ DELTA = {
 } | HEADS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One row of the zoo.
 
@@ -70,8 +71,10 @@ class Family:
         config: Its class in transformers.
         arguments: Of the config, beside :data:`COMMON`.
         variants: Further settings of the router, by name: what else it can be told to do.
-        router_logits: Whether the model returns them and an auxiliary loss on request.
-        no_static_cache: Why it cannot generate with a static cache, stock or attached.
+        router_logits: Whether the model returns them on request.
+        aux_loss: Whether it then computes the auxiliary loss too.
+        since: First transformers in which it is as tested.
+        limits: What it cannot do, by column of the table: what the refusal says, and the cell.
         in_full: Goes through every check; others, whose router is one of these under another
             name, through those that a new family can fail.
     """
@@ -81,7 +84,9 @@ class Family:
     arguments: dict[str, object]
     variants: dict[str, dict[str, object]] = field(default_factory=dict)
     router_logits: bool = True
-    no_static_cache: str = ""
+    aux_loss: bool = True
+    since: tuple[int, int] = (5, 17)
+    limits: dict[str, tuple[str, str]] = field(default_factory=dict)
     in_full: bool = False
 
     def __str__(self) -> str:
@@ -90,7 +95,8 @@ class Family:
     @property
     def is_available(self) -> bool:
         """Whether the installed transformers knows the family."""
-        return hasattr(transformers, self.config)
+        version = tuple(map(int, transformers.__version__.split(".")[:2]))
+        return version >= self.since and hasattr(transformers, self.config)
 
     def make_config(self, **changes) -> transformers.PreTrainedConfig:
         """Return the small config of the family."""
@@ -99,13 +105,19 @@ class Family:
     def make_model(
         self, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
     ) -> PreTrainedModel:
-        """Return a random model in eval mode, all its biases different from zero."""
+        """Return a random model in eval mode, nothing of it all zero."""
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(self.make_config(**changes))
         for name, tensor in model.state_dict().items():
-            if "bias" in name.rpartition(".")[2]:
-                tensor.normal_(std=0.3)
-        return model.to(dtype).eval()
+            if tensor.is_floating_point() and not tensor.any():  # biases, and afmoe's router
+                tensor.normal_(std=0.1 if "bias" in name else 0.3)
+        kept = model._get_dtype_plan(dtype)  # some stay float32, as from_pretrained leaves them
+        model.to(dtype)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            for pattern, own in kept.items():
+                if re.search(pattern.replace("*", ".*"), name):
+                    tensor.data = tensor.data.to(own)
+        return model.eval()
 
 
 RENORMALIZED = {"renormalized": {"norm_topk_prob": True}, "not": {"norm_topk_prob": False}}
@@ -125,7 +137,15 @@ ROWS = [
     _in_full("qwen3_moe", "Qwen3MoeConfig", EXPERTS | HEADS, RENORMALIZED),
     _in_full("qwen3_next", "Qwen3NextConfig", EXPERTS | DELTA, RENORMALIZED),
     _in_full("olmoe", "OlmoeConfig", EXPERTS, RENORMALIZED),
-    _in_full("phimoe", "PhimoeConfig", LOCAL, {"far": {"router_jitter_noise": 0.5}}),
+    _in_full(
+        "phimoe", "PhimoeConfig", LOCAL, {"far": {"router_jitter_noise": 0.5}},
+        limits={
+            "train": (
+                "a sparsemixer router draws its experts at random",
+                "refused: its training draws experts at random",
+            ),
+        },
+    ),
     _in_full(
         "deepseek_v2", "DeepseekV2Config",
         GROUPS | LATENT | ALL_DENSE | {"topk_method": "group_limited_greedy"},
@@ -140,8 +160,80 @@ ROWS = [
         "glm4_moe", "Glm4MoeConfig", GROUPS | HEADS | ALL_DENSE, IN_GROUPS, router_logits=False
     ),
     _in_full("gpt_oss", "GptOssConfig", LOCAL | HEADS | {"rope_parameters": None}),
-    _in_full("granitemoe", "GraniteMoeConfig", LOCAL),
+    _in_full("granitemoe", "GraniteMoeConfig", LOCAL, since=(5, 21)),
     _in_full("minimax_m2", "MiniMaxM2Config", LOCAL | HEADS),
+    # routers of the same kinds under other names
+    Family(
+        "afmoe", "AfmoeConfig",
+        EXPERTS | HEADS | {"num_dense_layers": 0, "route_scale": 1.5}, aux_loss=False,
+    ),
+    Family("axk1", "AXK1Config", GROUPS | LATENT | ALL_DENSE, router_logits=False),
+    Family(
+        "cohere2_moe", "Cohere2MoeConfig", EXPERTS | HEADS | {"expert_selection_fn": "softmax"},
+        {"sigmoid": {"expert_selection_fn": "sigmoid"}}, router_logits=False,
+    ),
+    Family(
+        "deepseek_v32", "DeepseekV32Config", GROUPS | INDEXED | SPARSE, router_logits=False,
+        since=(5, 20),
+    ),
+    Family("dots1", "Dots1Config", GROUPS | HEADS | ALL_DENSE, router_logits=False),
+    Family(
+        "ernie4_5_moe", "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 0},
+    ),
+    Family(
+        "exaone_moe", "ExaoneMoeConfig",
+        EXPERTS | HEADS | SPARSE | {
+            "num_shared_experts": 1, "n_group": 4, "topk_group": 2,
+            "layer_types": ["full_attention"] * LAYERS,
+        },
+        router_logits=False,
+    ),
+    Family("flex_olmo", "FlexOlmoConfig", EXPERTS, RENORMALIZED),
+    Family("glm4_moe_lite", "Glm4MoeLiteConfig", GROUPS | LATENT | SPARSE, router_logits=False),
+    Family(
+        "glm_moe_dsa", "GlmMoeDsaConfig", GROUPS | INDEXED | SPARSE, router_logits=False,
+        since=(5, 20),
+    ),
+    Family(
+        "granitemoehybrid", "GraniteMoeHybridConfig",
+        LOCAL | {
+            "shared_intermediate_size": 40, "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+        },
+        since=(5, 21),
+    ),
+    Family(
+        "granitemoeshared", "GraniteMoeSharedConfig", LOCAL | {"shared_intermediate_size": 40},
+        since=(5, 21),
+    ),
+    Family("granitemoe_swa", "GraniteMoeSWAConfig", LOCAL, since=(5, 21)),
+    Family(
+        "hunyuan_v1_moe", "HunYuanMoEV1Config", HEADS | {"num_experts": 8, "moe_topk": 2},
+        router_logits=False,
+    ),
+    Family(
+        "hy_v3", "HYV3Config", EXPERTS | HEADS | SPARSE, router_logits=False
+    ),
+    Family(
+        "jamba", "JambaConfig",
+        EXPERTS | {
+            "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 2,
+            "attn_layer_offset": 1, "mamba_dt_rank": 4,
+        },
+        since=(5, 21),
+    ),
+    Family("laguna", "LagunaConfig", EXPERTS | HEADS | SPARSE, {
+        "capped": {"moe_router_logit_softcapping": 2.0},
+    }),
+    Family("mellum", "MellumConfig", EXPERTS | HEADS, RENORMALIZED),
+    Family("mimo_v2_flash", "MiMoV2FlashConfig", GROUPS | HEADS | {"v_head_dim": 6} | SPARSE,
+           router_logits=False),
+    Family("minimax", "MiniMaxConfig", LOCAL | HEADS | {
+        "layer_types": ["full_attention", "linear_attention"],
+    }),
+    Family("qwen3_5_moe_text", "Qwen3_5MoeTextConfig", EXPERTS | DELTA),
+    Family("solar_open", "SolarOpenConfig", GROUPS | HEADS | ALL_DENSE, router_logits=False),
 ]  # fmt: skip
 
 ZOO = {family.name: family for family in ROWS}

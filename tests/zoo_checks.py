@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM
 
 import moe_gpu
 from moe_gpu import CacheBonus, Exact, HitRateTarget, MassBudget, QualityBudget
+from moe_gpu.huggingface.budget import memory_needs
 from moe_gpu.huggingface.families import MoEBlock, find_blocks
+from moe_gpu.huggingface.plan import plan_memory
+from moe_gpu.huggingface.weights import common_layout
 from moe_gpu.kernels.score_ref import GroupScore, ScoreRule, rank_experts, score_ref
 from moe_gpu.policies import Policy
-from zoo import VOCAB, WIDTH, Family
+from zoo import LAYERS, VOCAB, WIDTH, Family
 
 STOCK_EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
@@ -62,6 +65,12 @@ def prompt(seed: int = 0, batch: int = 1, tokens: int = 7) -> torch.Tensor:
 
 
 @torch.no_grad()
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of one call."""
+    return model(ids).logits
+
+
+@torch.no_grad()
 def prefill_and_decode(model: nn.Module) -> torch.Tensor:
     """Return the logits of a prompt of two rows and of the token after it."""
     prefill = model(prompt(1, batch=2), use_cache=True)
@@ -76,10 +85,12 @@ def prefill_and_decode(model: nn.Module) -> torch.Tensor:
 def routed(block: MoEBlock, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return logits, weights and ids of a block's router for hidden states given to the block."""
     seen = []
-    hook = block.router.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = block.router.register_forward_hook(lambda module, *io: seen.append(io))
     block.module(hidden_TD.unsqueeze(0))
     hook.remove()
-    logits_TE, weights_TK, ids_TK = seen[0]
+    ((_, *biases), (logits_TE, weights_TK, ids_TK)) = seen[0]
+    for bias_E in biases:  # some blocks hand theirs to the router
+        assert torch.equal(bias_E, block.bias())
     return logits_TE.reshape(len(hidden_TD), -1), weights_TK, ids_TK
 
 
@@ -132,6 +143,7 @@ def check_router(
         tight_T = near_tied(logits_TE, gate.score_rule, block.bias(), K)
         # bfloat16 logits tie exactly, for one token in twenty
         assert tight_T.sum() <= (0 if dtype == torch.float32 else tokens // 4)
+        assert len(want[2].sort(1).values.unique(dim=0)) > tokens // 8  # they differ indeed
         same_T = (ids_TK.sort(1).values == want[2].sort(1).values).all(1)
         assert same_T[~tight_T].all(), f"{(~same_T & ~tight_T).sum()} tokens routed otherwise"
         if dtype == torch.float32:
@@ -142,13 +154,18 @@ def check_router(
 # -- (b) and (c) the model
 
 
+def returns_router_logits(model: nn.Module) -> bool:
+    """Return whether a model can be asked for its router logits."""
+    return "output_router_logits" in inspect.signature(model.forward).parameters
+
+
 def check_logits(subject: Subject) -> None:
     """An attached model computes what it did, bit for bit the same whatever is resident."""
     model, bits = subject.model, []
     with moe_gpu.attach(model, slots=subject.half, pool=False, policy=Exact()) as moe:
         for history in ([], [3], [4, 5]):
             for seed in history:
-                model(prompt(seed, tokens=2))
+                logits_of(model, prompt(seed, tokens=2))
             bits.append(prefill_and_decode(model))
         assert moe.metrics().loads > 0 and moe.metrics().swaps == 0
     with moe_gpu.attach(model, slots=subject.E, policy=Exact()) as moe:
@@ -164,14 +181,15 @@ def check_router_logits(subject: Subject) -> None:
     """The model returns router logits and auxiliary loss while attached, as it does without us."""
     model, ids = subject.model, prompt(0, batch=2)
     stock = model(ids, labels=ids, output_router_logits=True)
-    assert stock.router_logits is not None and stock.aux_loss is not None
     with moe_gpu.attach(model, slots=subject.half, policy=Exact()):
         got = model(ids, labels=ids, output_router_logits=True)
     assert len(got.router_logits) == len(stock.router_logits) == len(subject.blocks)
     assert torch.equal(got.router_logits[0], stock.router_logits[0])  # before any expert
     torch.testing.assert_close(got.router_logits[1], stock.router_logits[1], **CLOSE)
-    torch.testing.assert_close(got.aux_loss, stock.aux_loss)
     torch.testing.assert_close(got.loss, stock.loss)
+    assert ("aux_loss" in stock) == subject.family.aux_loss
+    if subject.family.aux_loss:
+        torch.testing.assert_close(got.aux_loss, stock.aux_loss)
 
 
 # -- (d) generation
@@ -201,6 +219,49 @@ def check_generate(subject: Subject, way: str) -> None:
         assert torch.equal(generate(subject.model, way), expected)
 
 
+# -- everything resident
+
+
+@torch.no_grad()
+def check_compile(subject: Subject) -> None:
+    """With every expert resident the model is one graph, with the stock logits."""
+    model, ids = subject.model, prompt(1, batch=2)
+    expected = model(ids, use_cache=False).logits
+    torch.compiler.reset()
+    try:
+        with moe_gpu.attach(model, resident=1.0, policy=Exact()) as moe:
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, **CLOSE)
+            assert moe.all_resident and moe.metrics().tokens == ids.numel()
+    finally:
+        torch.compiler.reset()
+
+
+def check_training(subject: Subject) -> None:
+    """With every expert resident loss and gradients are the stock ones."""
+    model, ids = subject.model, prompt(0, batch=2)
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        model.train()
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, stock = gradients()
+    try:
+        model.zero_grad(set_to_none=True)
+        with moe_gpu.attach(model, resident=1.0, policy=Exact()):
+            own_loss, own = gradients()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    torch.testing.assert_close(own_loss, loss)
+    assert set(own) == set(stock) and len(own) > 4 * LAYERS
+    for name, gradient in stock.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-3, atol=1e-5)
+
+
 # -- (e) what ran the experts before
 
 
@@ -227,7 +288,7 @@ POLICIES = [
     CacheBonus(1.0),
     MassBudget(0.8),
     QualityBudget(0.8),
-    HitRateTarget(0.9),
+    HitRateTarget(0.95, max_budget=2.0, warm_tokens=4, average_tokens=4),
 ]
 
 
@@ -241,7 +302,8 @@ def check_policy(subject: Subject, policy: Policy) -> None:
             )
             for layer, block in enumerate(subject.blocks)
         ]
-        generate(model, "greedy", tokens=12)
+        for seed in range(16):
+            logits_of(model, prompt(seed, batch=2, tokens=3))
         for hook in hooks:
             hook.remove()
         assert moe.metrics().swaps > 0
@@ -264,6 +326,42 @@ def check_zero_budgets(subject: Subject) -> None:
             moe.set_policy(policy)
             assert torch.equal(prefill_and_decode(model), exact), policy
         assert moe.metrics().swaps == 0
+
+
+# -- memory
+
+
+def check_memory(subject: Subject) -> None:
+    """Budget and plan count what the model takes."""
+    model, layout = subject.model, common_layout(subject.blocks)[0]
+    needs = memory_needs(model, subject.blocks, layout, context_tokens=7)
+    experts = sum(p.nbytes for b in subject.blocks for p in b.experts.parameters())
+    all_bytes = sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
+    assert needs.dense == all_bytes - experts
+    assert needs.layers == len(subject.blocks) == LAYERS
+    # what pads an expert's parameters to 256 bytes
+    assert 0 <= needs.slot * subject.E - experts < 4 * 256 * LAYERS * subject.E
+    with torch.no_grad():
+        cache = model(prompt(), use_cache=True).past_key_values
+    assert needs.kv_cache == kv_bytes(cache)
+    plan = plan_memory(model.config, context_tokens=7, dtype="float32", gpu_memory="1GiB")
+    assert plan.device.dense_bytes == needs.dense and plan.device.kv_cache_bytes == needs.kv_cache
+    assert plan.model.expert_bytes == needs.expert and plan.model.top_k == subject.K
+    # hidden states, gathered pairs, and a run of the widest expert
+    wide = max(p.shape[1] * p.shape[2] for p in model_experts(subject) if p.ndim == 3)
+    assert plan.device.workspace_bytes > 7 * 4 * wide // WIDTH
+
+
+def model_experts(subject: Subject) -> list[nn.Parameter]:
+    """Return the parameters of the first layer's experts."""
+    return list(subject.blocks[0].experts.parameters())
+
+
+def kv_bytes(cache) -> int:
+    """Return the bytes of keys and values in a cache."""
+    names = ("keys", "values", "indexer_keys")
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in names]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
 # -- (g) saving, (h) loading
@@ -292,7 +390,7 @@ def check_save(subject: Subject, folder: Path) -> None:
     """What is saved while attached is the whole model."""
     model = subject.model
     with moe_gpu.attach(model, slots=subject.half, policy=Exact()):
-        model(prompt(0))
+        logits_of(model, prompt(0))
         state = model.state_dict()
         assert list(state) == list(subject.state)
         assert all(torch.equal(tensor, subject.state[name]) for name, tensor in state.items())
@@ -321,3 +419,61 @@ def check_load(subject: Subject, folder: Path) -> None:
             assert torch.equal(prefill_and_decode(model), expected)
             assert torch.equal(generate(model, "greedy"), text)
             assert moe.metrics().loads_by_tier["disk"] > 0
+
+
+# -- the table
+
+
+def check_routing(subject: Subject, folder: Path) -> None:
+    """Router in float32 and bfloat16, under every setting of the row; logits of the model."""
+    for changes in ({}, *subject.family.variants.values()):
+        check_router(subject.family, **changes)
+        check_router(subject.family, torch.bfloat16, **changes)
+    check_logits(subject)
+    if subject.family.router_logits:
+        check_router_logits(subject)
+
+
+def check_policies(subject: Subject, folder: Path) -> None:
+    """Each policy, and each with a budget of nothing."""
+    for policy in POLICIES:
+        check_policy(subject, policy)
+    check_zero_budgets(subject)
+
+
+def check_generation(subject: Subject, folder: Path) -> None:
+    """Each way of generating, and each implementation of the experts before."""
+    for way in GENERATE:
+        check_generate(subject, way)
+    check_implementations(subject)
+
+
+def check_saving(subject: Subject, folder: Path) -> None:
+    """Saved while attached, and given back by detach."""
+    check_save(subject, folder)
+    check_detach(subject)
+
+
+# what the columns of the table stand for, in an order in which load finds what save left
+COLUMNS = {
+    "parity": check_routing,
+    "policies": check_policies,
+    "generate": check_generation,
+    "compile": lambda subject, folder: check_compile(subject),
+    "train": lambda subject, folder: check_training(subject),
+    "save": check_saving,
+    "load": check_load,
+    "plan": lambda subject, folder: check_memory(subject),
+}
+
+
+def outcome(column: str, subject: Subject, folder: Path) -> str:
+    """Return the cell of one family: yes, or why not."""
+    try:
+        COLUMNS[column](subject, folder)
+    except Exception as error:  # a cell each: the others are still worth knowing
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = lines[0] if lines else type(error).__name__
+        limit = subject.family.limits.get(column)
+        return limit[1] if limit is not None and limit[0] in why else f"fails: {why[:100]}"
+    return "yes"

@@ -21,7 +21,7 @@ from .experts import ATTRIBUTE
 from .families import MoEBlock, find_blocks, score_arguments
 from .options import Options, SlotChoice, refuse_unknown
 from .part import DevicePart, device_of, policy_of, split
-from .weights import ExpertWeights, ResidentWeights, common_layout
+from .weights import ExpertWeights, ResidentWeights, common_layout, refuse_gradients
 
 # what load() takes beside the arguments of attach()
 LOAD_ONLY = frozenset(
@@ -166,6 +166,8 @@ def attach(
         kept.check(len(blocks), num_experts)
 
     all_resident = all(options.is_all_resident(choice, num_experts) for choice in choices)
+    if not all_resident:
+        refuse_gradients(blocks)
     # tensors made in inference mode could not be written outside it
     with torch.inference_mode(False), torch.no_grad():
         devices = [

@@ -83,6 +83,15 @@ class ExpertsLayer(NotCopyable):
         )
         self.routed_by: int | None = None
         self.computing: int | None = None
+        self._addresses = {n: w.data_ptr() for n, w in offloader.views_L[layer].items()}
+
+    def has_moved(self, experts: nn.Module) -> str | None:
+        """Return the name of a parameter that is not what was attached any more, None if all are."""
+        for name, address in self._addresses.items():
+            parameter = experts._parameters.get(name)
+            if parameter is None or parameter.data_ptr() != address:
+                return name
+        return None
 
     def is_free_of_host(self, module: nn.Module, *inputs: torch.Tensor) -> bool:
         """Return whether a call must do without the host's books: traced, captured, differentiated.
@@ -136,10 +145,22 @@ def experts_forward(
     if attached is None:
         return own_forward(module)(module, hidden_states, top_k_index, top_k_weights)
     if attached.is_free_of_host(module, hidden_states, top_k_weights):
+        attached.routed_by = None
+        return attached.own_forward(module, hidden_states, top_k_index, top_k_weights)
+    if attached.all_resident and attached.has_moved(module):
+        # an adapter's weights, or ones that were assigned: ours would compute from the old ones
+        attached.routed_by = None
         return attached.own_forward(module, hidden_states, top_k_index, top_k_weights)
     arguments = (hidden_states, top_k_weights, top_k_index, module, attached)
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-        return _ForwardOnly.apply(*arguments)
+    if torch.is_grad_enabled():
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            raise RuntimeError(
+                f"layer {attached.layer}: the experts of an attached model have no gradient, but "
+                "a parameter of theirs requires one: requires_grad_(False), torch.no_grad(), or "
+                "attach(..., resident=1.0), without verify"
+            )
+        if hidden_states.requires_grad or top_k_weights.requires_grad:
+            return _ForwardOnly.apply(*arguments)
     return _mix(*arguments)
 
 
@@ -242,6 +263,8 @@ def switch_on(model: nn.Module) -> list:
             configs[id(config)] = config
     for key, config in configs.items():
         own = config._experts_implementation_internal
+        if own == NAME and key not in _switched:  # copied from the config of an attached model
+            own = model.get_correct_experts_implementation(None)
         _switched.setdefault(key, _Switched(config, own, 0)).attached += 1
     try:
         model.set_experts_implementation(NAME)

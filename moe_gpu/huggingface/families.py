@@ -67,6 +67,11 @@ def _linear_with_bias(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tenso
     return F.linear(hidden_TD, router.weight, router.bias)
 
 
+def _linear_without_autocast(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return _linear_in_float32(router, hidden_TD)
+
+
 def _linear_in_float32(router: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden_TD.float(), router.weight.float())
 
@@ -219,7 +224,7 @@ FAMILIES = {
     "DeepseekV32TopkRouter": _DEEPSEEK_SPARSE,
     "Dots1TopkRouter": _DEEPSEEK_V3,
     "Ernie4_5_MoeTopKRouter": RouterFamily(
-        _linear_in_float32, _softmax_of_chosen, _of_model, _bias_of_statics
+        _linear_without_autocast, _softmax_of_chosen, _of_model, _bias_of_statics
     ),
     "ExaoneMoeTopkRouter": _DEEPSEEK_V3,
     "FlexOlmoTopKRouter": _QWEN,
@@ -315,6 +320,10 @@ def _check_experts(name: str, experts: nn.Module) -> None:
     weights = {"gate_up_proj", "down_proj"}
     if getattr(experts, "has_bias", False):
         weights |= {"gate_up_proj_bias", "down_proj_bias"}
+    if any("base_layer" in key for key in names):
+        raise ValueError(
+            f"{name}: the experts hold an adapter: merge it (merge_and_unload) or remove it first"
+        )
     if names != weights or not getattr(experts, "has_gate", True):
         raise ValueError(
             f"{name}: experts {type(experts).__name__} are not supported: they must hold "

@@ -41,11 +41,12 @@ def split(blocks: Sequence[MoEBlock]) -> list[list[int]]:
     """
     numbers: dict[torch.device, list[int]] = {}
     for number, block in enumerate(blocks):
+        device = next(block.experts.parameters()).device
         for parameter in block.router.parameters():
-            if parameter.device != next(block.experts.parameters()).device:
+            if parameter.device != device:
                 raise ValueError(
                     f"{block.name}: its router is on {parameter.device}, its experts on "
-                    f"{device_of(block)}: put both on one device, as a device_map of whole layers does"
+                    f"{device}: put both on one device, as a device_map of whole layers does"
                 )
         numbers.setdefault(device_of(block), []).append(number)
     return list(numbers.values())
@@ -152,8 +153,7 @@ class DevicePart:
             router, experts = block.router, block.experts
             following = self.blocks[layer + 1] if layer + 1 < len(self.blocks) else None
             here = ExpertsLayer(self.offloader, layer, options.max_policy_tokens, audits[layer])
-            views = self.offloader.views_L[layer]
-            routed = RoutedForward(block, gate, here, views, following)
+            routed = RoutedForward(block, gate, here, following)
             self._own_forwards.append((router, router.__dict__.get("forward")))
             router.forward = routed
             self.layers.append(here)

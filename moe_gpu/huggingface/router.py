@@ -24,7 +24,6 @@ class RoutedForward(NotCopyable):
         block: Router and experts of the layer.
         gate: Routes the logits.
         layer: What the experts know about their offloader.
-        slots: The parameters of the experts, by name, as attached: views of the device slots.
         following: The next layer's block, whose router is a predictor; None for the last.
     """
 
@@ -33,12 +32,10 @@ class RoutedForward(NotCopyable):
         block: MoEBlock,
         gate: MoEGate,
         layer: ExpertsLayer,
-        slots: dict[str, torch.Tensor],
         following: MoEBlock | None,
     ):
         functools.update_wrapper(self, block.router.forward)  # the signature
         self._block, self._gate, self._layer, self._following = block, gate, layer, following
-        self._addresses = [(name, slot.data_ptr()) for name, slot in slots.items()]
 
     def __call__(self, hidden_states: torch.Tensor, *args, **kwargs):
         """Return ``(router_logits, weights, ids)`` for hidden states ``(..., D)``."""
@@ -48,12 +45,14 @@ class RoutedForward(NotCopyable):
             return tuple(self._gate_of(hidden_TD, self._bias(*args, **kwargs)))
         return self._route(hidden_states, self._bias(*args, **kwargs))
 
-    def _bias(self, e_score_correction_bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    def _bias(self, *given: torch.Tensor, **named: torch.Tensor) -> torch.Tensor | None:
         """Return the correction bias of a call: some blocks hand theirs to the router."""
-        given = e_score_correction_bias
-        return self._block.bias() if given is None else given
+        handed = (*given, *named.values())
+        return handed[0] if handed else self._block.bias()
 
     def _gate_of(self, hidden_TD: torch.Tensor, bias_E: torch.Tensor | None) -> Routing:
+        if self._gate.training != self._block.router.training:
+            self._gate.training = self._block.router.training
         return self._gate.route(self._block.logits(hidden_TD), correction_bias=bias_E)
 
     # host decisions: traced, each new residency would be a new graph
@@ -104,9 +103,8 @@ class RoutedForward(NotCopyable):
                 f"{self._block.name}: the experts implementation was changed to {selected!r} "
                 f"while attached; set it to {NAME!r} again, or detach()"
             )
-        for name, address in self._addresses:
-            if experts._parameters[name].data_ptr() != address:
-                raise RuntimeError(
-                    f"{self._block.name}: {name} is no longer the device slots: the model was "
-                    "moved or converted while attached; detach() first"
-                )
+        if not self._layer.all_resident and (name := self._layer.has_moved(experts)):
+            raise RuntimeError(
+                f"{self._block.name}: {name} is no longer the device slots: the model was "
+                "moved or converted while attached; detach() first"
+            )

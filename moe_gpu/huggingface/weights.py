@@ -32,7 +32,7 @@ def common_layout(blocks: list[MoEBlock], on_meta: bool = False) -> tuple[Expert
 
     Raises:
         ValueError: Weights that are not all of one layout, not floating point, not loaded
-            (device ``meta``) or that hold gradients.
+            (device ``meta``).
     """
     layout, num_experts = None, None
     for block in blocks:
@@ -46,8 +46,6 @@ def common_layout(blocks: list[MoEBlock], on_meta: bool = False) -> tuple[Expert
                 )
             if not parameter.is_floating_point():
                 raise ValueError(f"{where} must be floating point, got {parameter.dtype}")
-            if parameter.grad is not None:
-                raise ValueError(f"{where} holds a gradient: zero_grad(set_to_none=True) first")
         found = ExpertLayout.of(parameters), block.router.num_experts
         if layout is None:
             layout, num_experts = found
@@ -59,6 +57,17 @@ def common_layout(blocks: list[MoEBlock], on_meta: bool = False) -> tuple[Expert
                 f"dtype, got {[tuple(p.shape) for p in parameters.values()]}"
             )
     return layout, num_experts
+
+
+def refuse_gradients(blocks: list[MoEBlock]) -> None:
+    """Raise ``ValueError`` where experts that are to leave the device would leave a gradient."""
+    for block in blocks:
+        for name, parameter in expert_parameters(block).items():
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"{block.name}.experts.{name} holds a gradient, which would stay behind: "
+                    "zero_grad(set_to_none=True) first"
+                )
 
 
 class ExpertWeights:

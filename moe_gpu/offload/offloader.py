@@ -200,6 +200,7 @@ class ExpertOffloader:
         self._reader = RecordReader(state, timeout_s)
         self._record_L: list[StepRecord | None] = [None] * L
         self.lock = threading.RLock()
+        state.is_owned = True
         _offloaders.add(self)
         if self.all_resident:
             self._seat_everybody()
@@ -576,6 +577,7 @@ class ExpertOffloader:
         self._transfer.close()
         self._shut_down.detach()
         self.views_L = []
+        self.state.is_owned = False
 
 
 def check_timeout(timeout_s: float) -> None:
@@ -608,8 +610,9 @@ _offloaders: "weakref.WeakSet[ExpertOffloader]" = weakref.WeakSet()
 
 def _renew_locks() -> None:
     """In a forked child: a lock that another thread held would be held for ever."""
+    renewed: dict[int, threading.RLock] = {}  # a model's offloaders share one
     for offloader in list(_offloaders):
-        offloader.lock = threading.RLock()
+        offloader.lock = renewed.setdefault(id(offloader.lock), threading.RLock())
 
 
 if hasattr(os, "register_at_fork"):

@@ -135,6 +135,11 @@ class Evaluation:
         if segments < 1 or len(rows_NT) % segments:
             raise ValueError(f"segments must divide the {len(rows_NT)} rows, got {segments}")
         self._moe = model if isinstance(model, AttachedMoE) else None
+        if self._moe is not None and len(self._moe.states) > 1:
+            raise ValueError(
+                "a model that is split over several devices cannot be evaluated attached: detach() "
+                "it, and give the model itself on one device"
+            )
         model = model if self._moe is None else self._moe.model
         self._blocks = find_blocks(model)
         is_attached = any(ATTRIBUTE in block.experts.__dict__ for block in self._blocks)
