@@ -276,7 +276,7 @@ class MoEGate(nn.Module):
         if needs_grad and self.training and self.score_rule.score == Score.SPARSEMIXER:
             raise RuntimeError(
                 "a sparsemixer router draws its experts at random in training, which the gate does "
-                "not do: call eval(), or it under torch.no_grad()"
+                "not do: call eval(), or call it under torch.no_grad()"
             )
         if correction_bias is None:
             correction_bias = self.e_score_correction_bias

@@ -92,16 +92,6 @@ VARIANTS = [
     Variant(8, 2, 1, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 64, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 1, ids="i32", weights="bf16"),
-    # score rules of other families
-    *[
-        Variant(256, 8, T, dtype="fp32", score=SIGMOID, bias=True, groups=(8, 4, TOP2_SUM), rule=r)
-        for T, r in [(1, OUTPUT), (64, OUTPUT), (64, BONUS), (4096, EXACT)]
-    ],
-    *[Variant(160, 6, T, dtype="fp32", renormalize=False, groups=(8, 3, MAX)) for T in [1, 64]],
-    *[Variant(16, 2, T, score=SPARSEMIXER, renormalize=False, weights="bf16") for T in [1, 64]],
-    *[Variant(128, 8, T, score=SIGMOID, bias=True) for T in [1, 64]],
-    *[Variant(64, 6, T, bias=True) for T in [1, 64]],
-    Variant(8, 2, 64, softcap=True),
 ]
 
 
@@ -119,22 +109,40 @@ MEASURED = [
     Variant(64, 6, 64, control=True, meters=True, renormalize=False),
 ]
 
-ALL = [*VARIANTS, *MEASURED]
+# score rules of other families: DeepSeek-V3 and V2, Phi-3.5-MoE, MiniMax-M2, a biased softmax
+SCORED = [
+    *[
+        Variant(256, 8, T, dtype="fp32", score=SIGMOID, bias=True, groups=(8, 4, TOP2_SUM), rule=r)
+        for T, r in [(1, OUTPUT), (64, OUTPUT), (64, BONUS), (4096, EXACT)]
+    ],
+    *[Variant(160, 6, T, dtype="fp32", renormalize=False, groups=(8, 3, MAX)) for T in [1, 64]],
+    *[Variant(16, 2, T, score=SPARSEMIXER, renormalize=False, weights="bf16") for T in [1, 64]],
+    *[Variant(128, 8, T, score=SIGMOID, bias=True) for T in [1, 64]],
+    *[Variant(64, 6, T, bias=True) for T in [1, 64]],
+    Variant(8, 2, 64, softcap=True),
+]
+
+ALL = [*VARIANTS, *MEASURED, *SCORED]
+
+
+def light(variants: list[Variant]) -> list[int]:
+    """Indices in :data:`ALL` of those that compile in a second or two."""
+    return [ALL.index(v) for v in variants if v.E <= 16 or (v.T == 1 and v.E <= 256)]
 
 
 def sample() -> list[tuple[str, int]]:
     """About 40 (target, variant index) pairs: a fixed draw of variants, targets in turn."""
     targets = list(TARGETS)
-    light = [i for i, v in enumerate(VARIANTS) if v.E * v.K < 8192 and (v.E, v.K) != (8, 8)]
+    quick = [i for i, v in enumerate(VARIANTS) if v.E * v.K < 8192 and (v.E, v.K) != (8, 8)]
     pairs = [
-        (targets[n % len(targets)], i) for n, i in enumerate(random.Random(1).sample(light, 39))
+        (targets[n % len(targets)], i) for n, i in enumerate(random.Random(1).sample(quick, 39))
     ]
     return [*pairs, ("sm_90", VARIANTS.index(Variant(1024, 16, 1, dtype="fp32")))]
 
 
 def everything() -> list[tuple[str, int]]:
     """Every variant for every target."""
-    return [(target, i) for target in TARGETS for i in range(len(VARIANTS))]
+    return [(target, i) for target in TARGETS for i in range(len(ALL))]
 
 
 def compile_variant(variant: Variant, target: str) -> dict:

@@ -40,9 +40,11 @@ def test_sample_compiles_without_spills(target):
     check(target, [i for t, i in aot.sample() if t == target])
 
 
-def test_controller_and_meters_compile_without_spills():
-    first = len(aot.VARIANTS)
-    check("sm_90", range(first, first + len(aot.MEASURED)))
+@pytest.mark.parametrize("variants", [aot.MEASURED, aot.SCORED], ids=["measured", "scored"])
+def test_additions_compile_without_spills(variants):
+    indices = aot.light(variants)
+    assert len(indices) > 5
+    check("sm_90", indices)
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from ..offload.tiers import available_memory
 from ..policies import Policy, layer_strengths
 from ..state import RouterState
 from .audit import Audit, Auditor
-from .experts import UNTRACEABLE, ExpertsLayer, NotCopyable, switch_off, switch_on
+from .experts import UNTRACEABLE, ExpertsLayer, NotCopyable
+from .implementation import switch_off, switch_on
 from .options import Options
 from .part import DevicePart
 

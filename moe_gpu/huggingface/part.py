@@ -21,8 +21,9 @@ from ..offload.residency import Residency
 from ..policies import Policy
 from ..waiting import wait_event
 from .audit import LayerAuditor
-from .experts import ATTRIBUTE, ExpertsLayer, own_forward
+from .experts import ATTRIBUTE, ExpertsLayer
 from .families import MoEBlock
+from .implementation import own_forward
 from .options import Options, SlotChoice
 from .router import RoutedForward
 from .weights import ExpertWeights, expert_parameters

@@ -9,8 +9,9 @@ from torch import nn
 from ..gate import MoEGate, Routing
 from ..kernels.score_ref import score_ref
 from ..ranges import profiler_range
-from .experts import NAME, UNTRACEABLE, ExpertsLayer, NotCopyable, refuse_capture
+from .experts import UNTRACEABLE, ExpertsLayer, NotCopyable, refuse_capture
 from .families import MoEBlock
+from .implementation import NAME
 
 
 class RoutedForward(NotCopyable):
