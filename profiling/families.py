@@ -20,7 +20,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from _bench import RESULTS, table, write_whole
+from _bench import RESULTS, git_commit, table, write_whole
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -46,6 +46,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
+            "commit": git_commit(),
         },
         "rows": rows,
         "refused": REFUSED,

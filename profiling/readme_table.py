@@ -86,9 +86,10 @@ def families(path: Path) -> str:
         lines.append([", ".join(names), *dict(cells).values()])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     facts = "; ".join(f"{name} {value}" for name, value in content["conditions"].items())
+    refused = "; ".join(f"`{name}`, since {why}" for name, why in content["refused"].items())
     return (
-        f"{table}\n\nOn small random models, with {facts}; what each column stands for is in "
-        "[families.md](profiling/results/families.md)."
+        f"{table}\n\nRefused: {refused}. On small random models, with {facts}; what each column stands "
+        "for is in [families.md](profiling/results/families.md)."
     )
 
 
