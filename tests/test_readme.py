@@ -214,12 +214,16 @@ def test_families_of_which_the_same_works_share_a_row(table):
     content = {
         "conditions": {"torch": "2.13.0"},
         "rows": [{"family": name, "cells": cells} for name, cells in rows],
+        "refused": {"OddRouter": "it returns nothing"},
     }
     table.results.with_name("families.json").write_text(json.dumps(content))
     assert table().returncode == 0
     text = table.readme.read_text()
     assert "| model type | load | train |\n| --- | --- | --- |\n| `a`, `c` | yes | yes |\n" in text
-    assert "| `b` | yes | refused |\n\nOn small random models, with torch 2.13.0;" in text
+    assert (
+        "| `b` | yes | refused |\n\nRefused: `OddRouter`, since it returns nothing. "
+        "On small random models, with torch 2.13.0;"
+    ) in text
     content["rows"][0]["cells"]["train"] = "yes"
     table.results.with_name("families.json").write_text(json.dumps(content))
     assert table("--check").returncode == 1
