@@ -34,9 +34,10 @@ def check_call(logits_TE, state, layer, top_k, decay, num_valid):
             f"logits are on {logits_TE.device}, but the router state is on "
             f"{state.slot_of_LE.device}: move one of them"
         )
-    T, words = logits_TE.shape[0], state.scratch.numel()
-    if words < layout.scratch_words(E, T):  # enough for every decay otherwise
-        needed = layout.scratch_words(E, min(T, affinity_window(decay)))
+    words, window = state.scratch.numel(), affinity_window(decay)
+    if words < layout.scratch_words(E, window):  # enough for every T otherwise
+        T = logits_TE.shape[0]
+        needed = layout.scratch_words(E, min(T, window))
         if words < needed:
             raise ValueError(
                 f"state.scratch holds {words} words, a call of {T} tokens with decay={decay} needs "

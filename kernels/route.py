@@ -57,6 +57,7 @@ def launch_options(num_warps: int, hip: bool = torch.version.hip is not None) ->
 
 
 PLAIN = ScoreRule()
+EVERY = 2**62  # more tokens than any call has
 MAX_PROGRAMS = 1024  # beyond it programs take several tiles each: fewer atomics on the same words
 
 
@@ -68,6 +69,7 @@ def route(
     top_k: int,
     rule: Rule = Rule.EXACT,
     protect: int = 0,
+    max_policy_tokens: int = EVERY,
     score_rule: ScoreRule = PLAIN,
     correction_bias: torch.Tensor | None = None,
     affinity_from: AffinityFrom = AffinityFrom.DEMAND,
@@ -94,6 +96,8 @@ def route(
         top_k: K, ``1 <= K <= min(E, 16)``.
         rule: Which swaps are allowed; its strength is ``state.strength_L[layer]``.
         protect: Leading ranks that are never swapped away.
+        max_policy_tokens: A call of more tokens is routed by ``Rule.EXACT``, without ``control`` and
+            ``meters``. Decided where the kernel is launched: a trace has no graph for each side.
         score_rule: How logits become scores and weights (:mod:`moe_gpu.kernels.score_ref`).
         correction_bias: ``(E,)``, float32, float16 or bfloat16, contiguous: added to the selection
             scores, never to a weight.
@@ -136,7 +140,8 @@ def route(
         logits_TE.detach(), *out, num_valid,
         state.slot_of_LE, state.strength_L, state.affinity_LE, state.activations_LE,
         state.counters_LC, state.record_LR, state.scratch,
-        layer, top_k, int(rule), min(protect, top_k), score_rule.renormalize, int(affinity_from),
+        layer, top_k, int(rule), min(protect, top_k), max_policy_tokens,
+        score_rule.renormalize, int(affinity_from),
         decay, boost, max_score,
     )  # fmt: skip
     control, meters = control and rule != Rule.EXACT, meters and rule != Rule.EXACT
@@ -162,13 +167,22 @@ def route(
 def _route(
     logits_TE, weights_TK, ids_TK, num_valid, slot_of_LE, strength_L, affinity_LE,
     activations_LE, counters_LC, record_LR, scratch,
-    layer, top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
+    layer, top_k, rule, protect, max_policy_tokens, renormalize, affinity_from,
+    decay, boost, max_score,
     control_LP=None, control_state_LS=None, meters_LM=None,
     bias_E=None, score=0, scaling_factor=1.0, num_groups=1, top_groups=1, group_score=0,
     softcap=0.0, jitter_eps=0.0,
 ):  # fmt: skip
     if logits_TE.is_cuda and route_kernel is None:
         raise RuntimeError("routing on CUDA needs triton, which is not installed")
+    if logits_TE.shape[0] > max_policy_tokens:
+        rule, protect, control_LP, control_state_LS, meters_LM = (
+            int(Rule.EXACT),
+            0,
+            None,
+            None,
+            None,
+        )
     if route_path(logits_TE.device) == "reference":
         state = _State(
             slot_of_LE, strength_L, affinity_LE, activations_LE, counters_LC, record_LR, scratch,
@@ -226,7 +240,7 @@ _library.define(
     "route_(Tensor logits, Tensor(a!) weights, Tensor(b!) ids, Tensor? num_valid, "
     "Tensor slot_of, Tensor(h!) strength, Tensor(c!) affinity, Tensor(d!) activations, "
     "Tensor(e!) counters, Tensor(f!) record, Tensor(g!) scratch, SymInt layer, SymInt top_k, "
-    "SymInt rule, SymInt protect, bool renormalize, SymInt affinity_from, float decay, "
+    "SymInt rule, SymInt protect, SymInt max_policy_tokens, bool renormalize, SymInt affinity_from, float decay, "
     "float boost, float max_score, Tensor? control=None, Tensor(i!)? control_state=None, "
     "Tensor(j!)? meters=None, Tensor? bias=None, SymInt score=0, float scaling_factor=1.0, "
     "SymInt num_groups=1, SymInt top_groups=1, SymInt group_score=0, float softcap=0.0, "

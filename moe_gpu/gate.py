@@ -24,7 +24,7 @@ from .bounds import check_int, check_one_of, check_real
 from .kernels import layout
 from .kernels.checks import MAX_EXPERTS, MAX_TOP_K
 from .kernels.route import route, route_path
-from .kernels.route_ref import AffinityFrom, Rule
+from .kernels.route_ref import AffinityFrom, affinity_window
 from .kernels.score_ref import Score, mixing_weights
 from .latency import RouteTimer, summarize_us
 from .metrics import Metrics, meter_figures, routing_counts
@@ -32,7 +32,7 @@ from .policies import Exact, Policy, layer_strengths
 from .record import RecordReader
 from .requests import PagingRequest
 from .scores import make_score_rule
-from .state import RouterState
+from .state import SCRATCH_TOKENS, RouterState
 
 AFFINITY_FROM = {source.name.lower(): source for source in AffinityFrom}
 WEIGHTS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, None)
@@ -172,6 +172,7 @@ class MoEGate(nn.Module):
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.score_rule, self.weights_dtype = rule, weights_dtype
         self.decay, self.boost, self.max_score = float(decay), float(boost), float(max_score)
+        self._window = affinity_window(self.decay)
         self.affinity_from, self.max_policy_tokens = affinity_from, max_policy_tokens
         # no submodule: DDP would broadcast its buffers before every forward, see register_state()
         self.__dict__["state"], self.layer = state, layer
@@ -282,12 +283,10 @@ class MoEGate(nn.Module):
             correction_bias = self.e_score_correction_bias
         T = logits.shape[0] if logits.ndim == 2 else 0
         policy = self._policy
-        if (
-            policy.rule != Rule.EXACT and T > self.max_policy_tokens
-        ):  # else no guard on T in a trace
-            policy = Exact()
-        if T > 4096 and logits.shape[1] == self.num_experts:  # else route() refuses
-            self.state.reserve(T, self.decay)
+        # asked of numbers first: of T, each side would be a graph of its own in a trace
+        if self._window > SCRATCH_TOKENS and T > SCRATCH_TOKENS:
+            if logits.shape[1] == self.num_experts:  # else route() refuses
+                self.state.reserve(T, self.decay)
         # float64 (gradient checks) is routed as float32 and weighed as float64
         scores = logits.float() if logits.dtype == torch.float64 else logits
         if correction_bias is not None and correction_bias.dtype == torch.float64:
@@ -296,6 +295,7 @@ class MoEGate(nn.Module):
             "top_k": self.top_k,
             "rule": policy.rule,
             "protect": policy.protect,
+            "max_policy_tokens": self.max_policy_tokens,
             "score_rule": self.score_rule,
             "correction_bias": correction_bias,
             "weights_dtype": self.weights_dtype or scores.dtype,

@@ -8,6 +8,8 @@ from torch import nn
 from .kernels import layout
 from .kernels.route_ref import affinity_window
 
+SCRATCH_TOKENS = 4096  # that age the affinity in one call, without reserve()
+
 # names in a runtime_state_dict and the tensors behind them: not the step record, which is the
 # mailbox of the last call, and not the scratch, which is zero between calls
 _RUNTIME = {
@@ -81,7 +83,7 @@ class RouterState(nn.Module):
                 ("control_LP", (L, layout.NUM_CONTROLS), torch.float32, 0),
                 ("control_state_LS", (L, layout.NUM_CONTROL_STATE), torch.float32, 0),
                 ("meters_LM", (L, layout.NUM_METERS), torch.int64, 0),
-                ("scratch", (layout.scratch_words(E, 4096),), torch.int32, 0),
+                ("scratch", (layout.scratch_words(E, SCRATCH_TOKENS),), torch.int32, 0),
             )
         }
 

@@ -264,7 +264,7 @@ def test_registered_op(device):
         torch.empty(5, 2, dtype=torch.int64, device=device), None,
         state.slot_of_LE, state.strength_L, state.affinity_LE, state.activations_LE,
         state.counters_LC, state.record_LR, state.scratch,
-        0, 2, int(Rule.MASS), 1, True, 1, 0.99, 1.0, 1.0,
+        0, 2, int(Rule.MASS), 1, 64, True, 1, 0.99, 1.0, 1.0,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.moe_gpu.route_.default, args)
     assert callable(_route)

@@ -218,6 +218,7 @@ class AttachedMoE(NotCopyable):
         A model that came from :func:`moe_gpu.load` ends up whole in host memory; where it does
         not fit there, :meth:`close` is what you want. Waits for a forward on another thread.
         Compute on streams other than the current one must have finished: see to that yourself.
+        Experts that were in slots require a gradient again if they did when they were attached.
 
         Raises:
             RuntimeError: Already detached, or called from inside an expert.
