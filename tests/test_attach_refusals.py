@@ -312,3 +312,18 @@ def test_our_implementation_on_a_model_that_is_not_attached():
     model.set_experts_implementation("moe_gpu")
     with pytest.raises(RuntimeError, match="'moe_gpu' belongs to attached models"):
         logits_of(model, prompt(0))
+
+
+def test_a_block_that_computes_in_another_way(model):
+    """As hub kernels do to a whole block: with slots for weights, the result would be nonsense."""
+    block = model.model.layers[1].mlp
+
+    def forward(self, hidden_states):
+        return hidden_states
+
+    block.forward = forward.__get__(block)
+    with pytest.raises(ValueError, match=r"layers.1.mlp: its forward was replaced by .*forward,"):
+        moe_gpu.attach(model, slots=2)
+    block.forward = type(block).forward.__get__(block)  # its own after all
+    moe_gpu.attach(model, slots=2).detach()
+    del block.forward

@@ -5,6 +5,7 @@ family is told by the class name of the router. A new family is a row of :data:`
 of ``tests/zoo.py``, whose tests compare it with the stock model.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -285,6 +286,7 @@ def find_blocks(model: nn.Module) -> list[MoEBlock]:
                 f"{name}: router class {found} is not supported; known: {known}\n{HOW_TO_ADD}"
             )
         _check_version(name, found)
+        _check_forward(name, module)
         _check_experts(name, experts)
         blocks.append(MoEBlock(name, module, router, experts, FAMILIES[found]))
     if not blocks:
@@ -312,6 +314,20 @@ def _check_version(name: str, found: str) -> None:
         raise ValueError(
             f"{name}: {found} is supported as of transformers {major}.{minor}, this is "
             f"{transformers.__version__}: upgrade it"
+        )
+
+
+def _check_forward(name: str, block: nn.Module) -> None:
+    """Refuse a block that computes in another way: it may never call its router and experts."""
+    own = block.__dict__.get("forward")
+    if own is None or hasattr(block, "_hf_hook"):  # accelerate's wrapper calls the class's forward
+        return
+    function = inspect.unwrap(getattr(own, "__func__", own))
+    if function is not inspect.unwrap(type(block).forward):
+        raise ValueError(
+            f"{name}: its forward was replaced by {getattr(function, '__module__', '?')}."
+            f"{getattr(function, '__qualname__', function)}, which may compute without its router "
+            "and experts: attach to a model without hub kernels (use_kernels=False)"
         )
 
 
