@@ -3,6 +3,7 @@
 import torch
 
 from mixtral import logits_of, prompt
+from moe_gpu.huggingface.blocks import MoEBlock
 from moe_gpu.huggingface.checkpoint import (
     config_dtype,
     load_generation_config,
@@ -10,7 +11,6 @@ from moe_gpu.huggingface.checkpoint import (
     read_config,
     stored_dtype,
 )
-from moe_gpu.huggingface.families import MoEBlock
 from moe_gpu.huggingface.loading import load_dense
 from moe_gpu.huggingface.origins import locate_experts
 from moe_gpu.offload.disk import DiskExperts

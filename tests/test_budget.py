@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtral import EXPERT_BYTES, make_model
+from moe_gpu.huggingface.blocks import find_blocks
 from moe_gpu.huggingface.budget import (
     MemoryNeeds,
     SlotBudget,
@@ -14,7 +15,6 @@ from moe_gpu.huggingface.budget import (
     parse_bytes,
     slots_of_share,
 )
-from moe_gpu.huggingface.families import find_blocks
 from moe_gpu.huggingface.weights import common_layout
 
 

@@ -18,10 +18,10 @@ from checkpoints import edit, save
 from loaded import assert_same_model, blocks_of, load, meta_and_shards
 from mixtral import EXPERTS, LAYERS, make_config, make_model
 from moe_gpu.huggingface import origins
+from moe_gpu.huggingface.blocks import find_blocks
 from moe_gpu.huggingface.checkpoint import (
     meta_model,
 )
-from moe_gpu.huggingface.families import find_blocks
 from moe_gpu.huggingface.loading import load_dense
 from moe_gpu.huggingface.origins import locate_experts
 from moe_gpu.offload.shards import CheckpointError, Shards

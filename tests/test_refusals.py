@@ -18,7 +18,7 @@ from checkpoints import save
 from mixtral import make_model, prompt, without_interpreter  # noqa: F401 - runs by itself
 from moe_gpu import MoEGate
 from moe_gpu.huggingface import experts as experts_module
-from moe_gpu.huggingface import families, origins
+from moe_gpu.huggingface import blocks, origins
 from zoo import COMMON, EXPERTS, HEADS, LOCAL, ZOO
 
 
@@ -114,7 +114,7 @@ def closed(tmp_path, monkeypatch):
 
 def old_transformers(tmp_path, monkeypatch):
     model = make_model()
-    monkeypatch.setattr(families.transformers, "__version__", "5.9.1")
+    monkeypatch.setattr(blocks.transformers, "__version__", "5.9.1")
     attach(model)
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import moe_gpu
 from moe_gpu import CacheBonus, Exact, HitRateTarget, MassBudget, QualityBudget
+from moe_gpu.huggingface.blocks import MoEBlock, find_blocks
 from moe_gpu.huggingface.budget import memory_needs
-from moe_gpu.huggingface.families import MoEBlock, find_blocks
 from moe_gpu.huggingface.plan import plan_memory
 from moe_gpu.huggingface.weights import common_layout
 from moe_gpu.kernels.score_ref import GroupScore, ScoreRule, rank_experts, score_ref

@@ -17,8 +17,8 @@ from ..offload.tiers import Tier, available_memory, host_budget, place
 from ..policies import Policy, QualityBudget, layer_strengths
 from ..state import RouterState
 from .attached import AttachedMoE, refuse_closed
+from .blocks import MoEBlock, find_blocks, score_arguments
 from .experts import ATTRIBUTE
-from .families import MoEBlock, find_blocks, score_arguments
 from .options import Options, SlotChoice, refuse_unknown
 from .part import DevicePart, device_of, policy_of, split
 from .weights import ExpertWeights, ResidentWeights, common_layout, refuse_gradients

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..offload import ExpertLayout
 from ..offload.slots import check_slots
-from .families import MoEBlock
+from .blocks import MoEBlock
 
 _UNITS = {"B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):

@@ -17,6 +17,7 @@ from ..offload.tiers import Tier, available_memory, host_budget, place
 from ..policies import Policy, QualityBudget
 from .attach import make_gates, warn_of_few_slots
 from .attached import AttachedMoE
+from .blocks import MoEBlock, find_blocks
 from .budget import parse_bytes
 from .checkpoint import (
     add_weights,
@@ -28,7 +29,6 @@ from .checkpoint import (
     resolve,
     stored_dtype,
 )
-from .families import MoEBlock, find_blocks
 from .loading import load_dense
 from .options import Options, refuse_unknown
 from .origins import locate_experts

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..offload.float8 import dequantize, scale_of
 from ..offload.shards import CheckpointError, Shards
-from .families import MoEBlock
+from .blocks import MoEBlock
 from .origins import Origins, check_shape, locate_experts
 
 __all__ = ["load_dense", "locate_experts"]

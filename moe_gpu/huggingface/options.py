@@ -17,6 +17,7 @@ from ..offload.offloader import STAGING_SLOTS, check_timeout
 from ..offload.prefetch import check_predictors
 from ..offload.slots import check_slots
 from ..policies import Policy, QualityBudget
+from .blocks import MoEBlock
 from .budget import (
     MemoryNeeds,
     check_context_tokens,
@@ -24,7 +25,6 @@ from .budget import (
     parse_bytes,
     slots_of_share,
 )
-from .families import MoEBlock
 
 
 def refuse_unknown(function: Callable, given: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 from ..offload.disk import Source
 from ..offload.float8 import SCALE_SUFFIX
 from ..offload.shards import CheckpointError, Shards
-from .families import MoEBlock
+from .blocks import MoEBlock
 
 
 @dataclass

@@ -21,8 +21,8 @@ from ..offload.residency import Residency
 from ..policies import Policy
 from ..waiting import wait_event
 from .audit import LayerAuditor
+from .blocks import MoEBlock
 from .experts import ATTRIBUTE, ExpertsLayer
-from .families import MoEBlock
 from .implementation import own_forward
 from .options import Options, SlotChoice
 from .router import RoutedForward

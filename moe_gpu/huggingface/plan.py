@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig
 
 from ..offload.offloader import STAGING_SLOTS
 from ..offload.tiers import Tier, available_memory, host_budget, place
+from .blocks import find_blocks
 from .budget import MemoryNeeds, SlotBudget, memory_needs, parse_bytes
 from .checkpoint import check_quantization, config_dtype, meta_model, read_config
-from .families import find_blocks
 from .weights import common_layout
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

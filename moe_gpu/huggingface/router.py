@@ -9,8 +9,8 @@ from torch import nn
 from ..gate import MoEGate, Routing
 from ..kernels.score_ref import score_ref
 from ..ranges import profiler_range
+from .blocks import MoEBlock
 from .experts import UNTRACEABLE, ExpertsLayer, NotCopyable, refuse_capture
-from .families import MoEBlock
 from .implementation import NAME
 
 

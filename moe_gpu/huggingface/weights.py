@@ -14,8 +14,8 @@ from torch import nn
 
 from ..offload import ExpertLayout, ExpertStore
 from ..offload.tiers import Tier
+from .blocks import MoEBlock
 from .experts import LINE_BYTES
-from .families import MoEBlock
 
 
 def expert_parameters(block: MoEBlock) -> dict[str, nn.Parameter]:

@@ -15,8 +15,8 @@ from torch import nn
 from ..adaptive import Adaptive
 from ..gate import MoEGate, Routing
 from ..huggingface.attached import AttachedMoE
+from ..huggingface.blocks import MoEBlock, find_blocks, score_arguments
 from ..huggingface.experts import ATTRIBUTE
-from ..huggingface.families import MoEBlock, find_blocks, score_arguments
 from ..kernels.score_ref import ScoreRule
 from ..policies import Exact, Policy, layer_strengths
 from .simulate import CacheRule, Choose, DecodeCaches, chooser, route_side_by_side

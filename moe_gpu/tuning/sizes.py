@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..huggingface.attached import AttachedMoE
+from ..huggingface.blocks import find_blocks
 from ..huggingface.budget import memory_needs, parse_bytes, slots_of_share
 from ..huggingface.experts import ATTRIBUTE
-from ..huggingface.families import find_blocks
 from ..huggingface.weights import common_layout
 from ..offload import ExpertLayout
 from ..offload.offloader import STAGING_SLOTS
