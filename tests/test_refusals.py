@@ -17,8 +17,8 @@ import moe_gpu
 from checkpoints import save
 from mixtral import make_model, prompt, without_interpreter  # noqa: F401 - runs by itself
 from moe_gpu import MoEGate
-from moe_gpu.huggingface import experts as experts_module
 from moe_gpu.huggingface import blocks, origins
+from moe_gpu.huggingface import experts as experts_module
 from zoo import COMMON, EXPERTS, HEADS, LOCAL, ZOO
 
 
