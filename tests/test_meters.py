@@ -230,6 +230,15 @@ def test_prefill_and_exact_routing_are_not_measured(reference_path):
     assert gate.state.meters_LM.abs().sum() == 0 and gate.metrics().tokens == 7
 
 
+def test_a_launch_beyond_the_bound_of_the_policy_measures_nothing(device):
+    state = make_state(8, [1, 2], 0.5, device=device)
+    rules = {"top_k": 2, "rule": Rule.MASS, "protect": 1, "meters": True, "max_policy_tokens": 4}
+    route(torch.randn(5, 8, device=device), state, 0, **rules)
+    assert state.meters_LM.abs().sum() == 0 and state.counters_LC[0, layout.SWAPS] == 0
+    route(torch.randn(4, 8, device=device), state, 0, **rules)
+    assert state.meters_LM[0, layout.METERED] == 4
+
+
 def test_exported_by_rank_and_differenced(reference_path):
     gate = MoEGate(None, 8, 2, QualityBudget(1.0, protect=0), meters=True)
     gate.set_resident([0, 1, 2, 3])
