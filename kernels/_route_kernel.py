@@ -21,6 +21,7 @@ from ._keys import NONFINITE, TAKEN, finite_or_zero, key_score, sum_of
 from ._meters import METERS_BLOCK, add_meters, gone_of, kept_of, meters_of
 from ._score import (
     SIGMOID,
+    SPARSEMIXER,
     capped,
     in_best_groups,
     masses_of,
@@ -164,6 +165,10 @@ def _route_tile(
                         change_t = change_t / tl.where(whole_t > 0.0, whole_t, 1.0)
                 change_t = tl.where(gone_t == 0, 0.0, change_t)
 
+    if SCORE == SPARSEMIXER:
+        # the same again: for one narrow row, Triton 3.7 cannot spread what comes out of the branch
+        # over the columns on AMD
+        keys, codes, _ = demand_of(tl.where(executed_te, all_te, TAKEN), code_te, K)
     weights = mixing_weights_of(
         x_te, every_te, mass_te, code_te, keys, codes, top_t, scaling_factor, far_eps,
         K, SCORE, SPLIT, RENORMALIZE,

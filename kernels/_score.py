@@ -124,7 +124,7 @@ def _sparsemixer_weight(x_te, key_te, code_te, key_t, code_t, far_eps):
         (key_te == key_t[:, None]) & (code_te >= code_t[:, None])
     )
     far_te = (own_t1 - x_te) / tl.maximum(tl.abs(x_te), own_t1) > far_eps
-    near_te = after_te & (far_te == 0) & (key_te > NONFINITE) & (key_t > NONFINITE)[:, None]
+    near_te = after_te & (far_te == 0) & (key_te > NONFINITE) & (key_t[:, None] > NONFINITE)
     total_t = _sum_of_units(tl.where(near_te, tl.exp(x_te - own_t1), 0.0))
     return tl.where(total_t > 0.0, 1.0 / tl.where(total_t > 0.0, total_t, 1.0), 0.0)
 
