@@ -115,6 +115,12 @@ def _route_tile(
         change_t = tl.zeros([BLOCK_T], tl.float32)
         gone_t = tl.zeros([BLOCK_T], tl.int32)
 
+    # carried through the branch: for one narrow row, Triton 3.7 cannot spread codes that come out of
+    # it over the columns on AMD
+    masses = demand_keys
+    if SPLIT:
+        masses = masses_of(demand_keys, demand_codes, mass_te, code_te, top_t, K, SPLIT)
+
     if RULE != EXACT and J < K:
         strength_t = tl.zeros([BLOCK_T], tl.float32) + tl.minimum(strength, FLOAT32_MAX)
         may_t = valid_t & (strength_t > 0.0)  # a NaN, zero or negative strength never swaps
@@ -134,8 +140,10 @@ def _route_tile(
             may_t = may_t & may_outbid(left_te, code_te, demand_keys, demand_codes, bonus_t, K, J)
         # one branch keeps the common case, everybody wanted is resident, at the price of none
         if tl.max(may_t.to(tl.int32), axis=0) == 1:
-            masses = masses_of(demand_keys, demand_codes, mass_te, code_te, top_t, K, SPLIT)
-            total_t = sum_of(masses, K)
+            wanted = masses
+            if not SPLIT:
+                wanted = masses_of(demand_keys, demand_codes, mass_te, code_te, top_t, K, SPLIT)
+            total_t = sum_of(wanted, K)
             if RULE == MASS or RULE == OUTPUT:
                 missing_te = (code_te & 1) == 1
                 keys, codes = swap_within_budget(
@@ -150,12 +158,15 @@ def _route_tile(
             for k in tl.static_range(1, K):
                 executed_te = executed_te | (code_te == codes[k][:, None])
             keys, codes = by_score(keys, codes, executed_te, all_te, code_te, K)
-            kept_t = sum_of(masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT), K)
+            kept = masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT)
+            kept_t = sum_of(kept, K)
+            if SPLIT:
+                masses = kept
             lost_t = tl.maximum(total_t - kept_t, 0.0)
             moved_t = lost_t / tl.where(total_t > 0.0, total_t, 1.0)
             if METERS:
                 gone_t = gone_of(demand_codes, codes, K)
-                both_t = kept_of(masses, gone_t, K)
+                both_t = kept_of(wanted, gone_t, K)
                 more_t = tl.maximum(total_t, kept_t)
                 change_t = 2.0 * (1.0 - both_t / tl.where(more_t > 0.0, more_t, 1.0))
                 if not RENORMALIZE:
@@ -166,11 +177,10 @@ def _route_tile(
                 change_t = tl.where(gone_t == 0, 0.0, change_t)
 
     if SCORE == SPARSEMIXER:
-        # the same again: for one narrow row, Triton 3.7 cannot spread what comes out of the branch
-        # over the columns on AMD
+        # the same again, for the reason above
         keys, codes, _ = demand_of(tl.where(executed_te, all_te, TAKEN), code_te, K)
     weights = mixing_weights_of(
-        x_te, every_te, mass_te, code_te, keys, codes, top_t, scaling_factor, far_eps,
+        x_te, every_te, mass_te, code_te, keys, codes, masses, top_t, scaling_factor, far_eps,
         K, SCORE, SPLIT, RENORMALIZE,
     )  # fmt: skip
     for k in tl.static_range(K):

@@ -131,12 +131,13 @@ def _sparsemixer_weight(x_te, key_te, code_te, key_t, code_t, far_eps):
 
 @triton.jit
 def mixing_weights_of(
-    x_te, key_te, mass_te, code_te, keys, codes, top_t, scaling_factor, far_eps,
+    x_te, key_te, mass_te, code_te, keys, codes, masses, top_t, scaling_factor, far_eps,
     K: tl.constexpr, SCORE: tl.constexpr, SPLIT: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Weights of the K experts in ``keys``; uniform where no score is finite.
 
-    ``key_te`` has a key for every expert, candidate or not, and ``top_t`` is the best of the row.
+    ``key_te`` has a key for every expert, candidate or not, ``top_t`` is the best of the row, and
+    ``masses`` are those of ``keys``, with SPLIT.
     """
     weights = ()
     if SCORE == SOFTMAX and RENORMALIZE and K == 2 and not SPLIT:
@@ -150,7 +151,6 @@ def mixing_weights_of(
             weight_t = _sparsemixer_weight(x_te, key_te, code_te, keys[k], codes[k], far_eps)
             weights = weights + (tl.where(keys[0] == NONFINITE, 1.0 / K, weight_t),)
     else:
-        masses = ()
         if SCORE == SOFTMAX and RENORMALIZE:
             if SPLIT:  # ranked by something else: back to the logits
                 best_t = tl.full(keys[0].shape, NONFINITE, tl.int32)
@@ -168,7 +168,8 @@ def mixing_weights_of(
                 masses = masses_of(keys, codes, mass_te, code_te, top_t, K, False)
             total_t = sum_of(masses, K)
         else:
-            masses = masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT)
+            if not SPLIT:
+                masses = masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT)
             total_t = sum_of(masses, K)
             if SCORE == SOFTMAX and not SPLIT:
                 total_t = row_mass_of(x_te, key_te, top_t)

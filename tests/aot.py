@@ -119,6 +119,8 @@ SCORED = [
     *[Variant(16, 2, T, score=SPARSEMIXER, renormalize=False, weights="bf16") for T in [1, 64]],
     *[Variant(128, 8, T, score=SIGMOID, bias=True) for T in [1, 64]],
     *[Variant(64, 6, T, bias=True) for T in [1, 64]],
+    Variant(8, 2, 1, score=SIGMOID, bias=True),
+    Variant(16, 2, 1, bias=True),
     Variant(8, 2, 64, softcap=True),
 ]
 
