@@ -188,3 +188,30 @@ def test_experts_without_a_gate_are_refused():
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="router class NemotronHTopkRouter is not supported"):
         moe_gpu.attach(model, slots=8)
+
+
+def test_a_router_that_leaves_autocast_does_so_attached_too():
+    model = ZOO["ernie4_5_moe"].make_model()
+    router = model.model.layers[1].mlp.gate
+    hidden_TD = torch.randn(300, 32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = router(hidden_TD)
+        with moe_gpu.attach(model, resident=1.0, policy=moe_gpu.Exact()):
+            ours = router(hidden_TD)
+    assert ours[0].dtype == stock[0].dtype == torch.float32
+    assert torch.equal(ours[0], stock[0])
+    assert torch.equal(ours[2].sort(1).values, stock[2].sort(1).values)
+
+
+def test_a_bias_can_be_handed_by_its_name():
+    model = ZOO["afmoe"].make_model()
+    block = model.model.layers[1].mlp
+    bias_E = torch.linspace(1, 0, block.router.num_experts)
+    hidden = torch.randn(1, 40, 32)
+    with torch.no_grad():
+        stock = block.router(hidden, expert_bias=bias_E)[2]
+        with moe_gpu.attach(model, resident=1.0, policy=moe_gpu.Exact()):
+            ours = block.router(hidden, expert_bias=bias_E)[2]
+            own = block.router(hidden, block.expert_bias)[2]
+    assert torch.equal(ours.sort(1).values, stock.sort(1).values)
+    assert not torch.equal(own.sort(1).values, stock.sort(1).values)
