@@ -71,8 +71,7 @@ class Family:
         config: Its class in transformers.
         arguments: Of the config, beside :data:`COMMON`.
         variants: Further settings of the router, by name: what else it can be told to do.
-        router_logits: Whether the model returns them on request.
-        aux_loss: Whether it then computes the auxiliary loss too.
+        aux_loss: Whether the model computes one where it is asked for router logits.
         since: First transformers in which it is as tested.
         limits: What it cannot do, by column of the table: what the refusal says, and the cell.
         in_full: Goes through every check; others, whose router is one of these under another
@@ -83,7 +82,6 @@ class Family:
     config: str
     arguments: dict[str, object]
     variants: dict[str, dict[str, object]] = field(default_factory=dict)
-    router_logits: bool = True
     aux_loss: bool = True
     since: tuple[int, int] = (5, 17)
     limits: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -150,14 +148,14 @@ ROWS = [
         "deepseek_v2", "DeepseekV2Config",
         GROUPS | LATENT | ALL_DENSE | {"topk_method": "group_limited_greedy"},
         {"greedy": {"topk_method": "greedy"}},
-        router_logits=False,
+        aux_loss=False,
     ),
     _in_full(
         "deepseek_v3", "DeepseekV3Config", GROUPS | LATENT | ALL_DENSE, IN_GROUPS,
-        router_logits=False,
+        aux_loss=False,
     ),
     _in_full(
-        "glm4_moe", "Glm4MoeConfig", GROUPS | HEADS | ALL_DENSE, IN_GROUPS, router_logits=False
+        "glm4_moe", "Glm4MoeConfig", GROUPS | HEADS | ALL_DENSE, IN_GROUPS, aux_loss=False
     ),
     _in_full("gpt_oss", "GptOssConfig", LOCAL | HEADS | {"rope_parameters": None}),
     _in_full("granitemoe", "GraniteMoeConfig", LOCAL, since=(5, 21)),
@@ -167,16 +165,16 @@ ROWS = [
         "afmoe", "AfmoeConfig",
         EXPERTS | HEADS | {"num_dense_layers": 0, "route_scale": 1.5}, aux_loss=False,
     ),
-    Family("axk1", "AXK1Config", GROUPS | LATENT | ALL_DENSE, router_logits=False),
+    Family("axk1", "AXK1Config", GROUPS | LATENT | ALL_DENSE, aux_loss=False),
     Family(
         "cohere2_moe", "Cohere2MoeConfig", EXPERTS | HEADS | {"expert_selection_fn": "softmax"},
-        {"sigmoid": {"expert_selection_fn": "sigmoid"}}, router_logits=False,
+        {"sigmoid": {"expert_selection_fn": "sigmoid"}}, aux_loss=False,
     ),
     Family(
-        "deepseek_v32", "DeepseekV32Config", GROUPS | INDEXED | SPARSE, router_logits=False,
+        "deepseek_v32", "DeepseekV32Config", GROUPS | INDEXED | SPARSE, aux_loss=False,
         since=(5, 20),
     ),
-    Family("dots1", "Dots1Config", GROUPS | HEADS | ALL_DENSE, router_logits=False),
+    Family("dots1", "Dots1Config", GROUPS | HEADS | ALL_DENSE, aux_loss=False),
     Family(
         "ernie4_5_moe", "Ernie4_5_MoeConfig",
         {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 0},
@@ -187,12 +185,12 @@ ROWS = [
             "num_shared_experts": 1, "n_group": 4, "topk_group": 2,
             "layer_types": ["full_attention"] * LAYERS,
         },
-        router_logits=False,
+        aux_loss=False,
     ),
     Family("flex_olmo", "FlexOlmoConfig", EXPERTS, RENORMALIZED),
-    Family("glm4_moe_lite", "Glm4MoeLiteConfig", GROUPS | LATENT | SPARSE, router_logits=False),
+    Family("glm4_moe_lite", "Glm4MoeLiteConfig", GROUPS | LATENT | SPARSE, aux_loss=False),
     Family(
-        "glm_moe_dsa", "GlmMoeDsaConfig", GROUPS | INDEXED | SPARSE, router_logits=False,
+        "glm_moe_dsa", "GlmMoeDsaConfig", GROUPS | INDEXED | SPARSE, aux_loss=False,
         since=(5, 20),
     ),
     Family(
@@ -210,10 +208,10 @@ ROWS = [
     Family("granitemoe_swa", "GraniteMoeSWAConfig", LOCAL, since=(5, 21)),
     Family(
         "hunyuan_v1_moe", "HunYuanMoEV1Config", HEADS | {"num_experts": 8, "moe_topk": 2},
-        router_logits=False,
+        aux_loss=False,
     ),
     Family(
-        "hy_v3", "HYV3Config", EXPERTS | HEADS | SPARSE, router_logits=False
+        "hy_v3", "HYV3Config", EXPERTS | HEADS | SPARSE, aux_loss=False
     ),
     Family(
         "jamba", "JambaConfig",
@@ -228,12 +226,12 @@ ROWS = [
     }),
     Family("mellum", "MellumConfig", EXPERTS | HEADS, RENORMALIZED),
     Family("mimo_v2_flash", "MiMoV2FlashConfig", GROUPS | HEADS | {"v_head_dim": 6} | SPARSE,
-           router_logits=False),
+           aux_loss=False),
     Family("minimax", "MiniMaxConfig", LOCAL | HEADS | {
         "layer_types": ["full_attention", "linear_attention"],
     }),
     Family("qwen3_5_moe_text", "Qwen3_5MoeTextConfig", EXPERTS | DELTA),
-    Family("solar_open", "SolarOpenConfig", GROUPS | HEADS | ALL_DENSE, router_logits=False),
+    Family("solar_open", "SolarOpenConfig", GROUPS | HEADS | ALL_DENSE, aux_loss=False),
 ]  # fmt: skip
 
 ZOO = {family.name: family for family in ROWS}
