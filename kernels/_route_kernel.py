@@ -147,7 +147,7 @@ def _route_tile(
             if RULE == MASS or RULE == OUTPUT:
                 missing_te = (code_te & 1) == 1
                 keys, codes = swap_within_budget(
-                    left_te, code_te, missing_te, mass_te, demand_keys, demand_codes,
+                    left_te, code_te, missing_te, mass_te, demand_keys, demand_codes, wanted,
                     top_t, total_t, strength_t, may_t, K, J, RULE, SPLIT,
                 )  # fmt: skip
             else:

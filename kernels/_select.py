@@ -39,7 +39,7 @@ def demand_of(key_te, code_te, K: tl.constexpr):
 
 @triton.jit
 def swap_within_budget(
-    left_te, code_te, missing_te, mass_te, keys, codes, top_t, total_t, strength_t, may_t,
+    left_te, code_te, missing_te, mass_te, keys, codes, masses, top_t, total_t, strength_t, may_t,
     K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Rule.MASS and Rule.OUTPUT: from rank K-1 up, missing experts give way until one may not."""
@@ -55,7 +55,7 @@ def swap_within_budget(
     for k in tl.static_range(K - 1, J - 1, -1):
         wants_t = may_t & ((codes[k] & 1) == 1)
         key_t, code_t = best_of(free_te, code_te)
-        gone_t = mass_of(keys[k], codes[k], mass_te, code_te, top_t, SPLIT)
+        gone_t = masses[k]
         come_t = mass_of(key_t, code_t, mass_te, code_te, top_t, SPLIT)
         if RULE == MASS:
             price_t = moved_t + tl.maximum(gone_t - come_t, 0.0)
