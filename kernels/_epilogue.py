@@ -25,6 +25,7 @@ _URGENT = tl.constexpr(layout.PRIORITY_URGENT)
 _BACKGROUND = tl.constexpr(layout.PRIORITY_BACKGROUND)
 _RECORD_HEADER = tl.constexpr(layout.RECORD_HEADER)
 _RECORD_FIELDS = tl.constexpr(layout.RECORD_FIELDS)
+_RECORD_TAIL = tl.constexpr(layout.RECORD_TAIL)
 
 
 @triton.jit
@@ -33,20 +34,31 @@ def moved_units_of(moved_t):
 
 
 @triton.jit
+def age_once(affinity_e, chosen_e, decay, boost, max_score):
+    """Age by one token."""
+    return tl.minimum(affinity_e * decay + tl.where(chosen_e, boost, 0.0), max_score)
+
+
+@triton.jit
 def age(affinity_e, word_e, tokens, decay, boost, max_score):
     """Age by up to 32 tokens, the lowest bit of ``word_e`` first."""
     for t in range(0, tokens):
-        boost_e = tl.where(((word_e >> t) & 1) == 1, boost, 0.0)
-        affinity_e = tl.minimum(affinity_e * decay + boost_e, max_score)
+        affinity_e = age_once(affinity_e, ((word_e >> t) & 1) == 1, decay, boost, max_score)
     return affinity_e
 
 
 @triton.jit
+def count_activations(activations_ptr, executed_e, offs_e, E: tl.constexpr):
+    chosen_e = (offs_e < E) & (executed_e > 0)
+    tl.atomic_add(activations_ptr + offs_e, executed_e.to(tl.int64), mask=chosen_e, sem="relaxed")
+
+
+@triton.jit
 def finish(
-    affinity_ptr, activations_ptr, counters_ptr, record_ptr,
+    affinity_ptr, counters_ptr, record_ptr,
     affinity_e, executed_e, swapped_e, moved_units, missing_e, offs_e,
     T, num_valid, generation,
-    E: tl.constexpr, K: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, SWAPS: tl.constexpr,
 ):  # fmt: skip
     """Write the layer's state once all rows are routed; pointers are at the layer's row.
 
@@ -59,11 +71,8 @@ def finish(
     tl.store(affinity_ptr + offs_e, affinity_e, mask=mask_e)
 
     missing_e = missing_e == 1
-    chosen_e = mask_e & (executed_e > 0)
-    urgent_e = chosen_e & missing_e
-    background_e = mask_e & missing_e & (swapped_e > 0)  # unless urgent, below
+    urgent_e = mask_e & missing_e & (executed_e > 0)
     misses = tl.sum(tl.where(missing_e, executed_e, 0), axis=0)
-    tl.atomic_add(activations_ptr + offs_e, executed_e.to(tl.int64), mask=chosen_e, sem="relaxed")
 
     offs_c = tl.arange(0, _NUM_COUNTERS)
     pairs = num_valid.to(tl.int64) * K
@@ -71,19 +80,26 @@ def finish(
     added_c = tl.where(offs_c == _PAIRS, pairs, added_c)
     added_c = tl.where(offs_c == _HITS, pairs - misses, added_c)
     added_c = tl.where(offs_c == _MISSES, misses, added_c)
-    added_c = tl.where(offs_c == _UNIQUE_MISSES, tl.sum(urgent_e.to(tl.int32), axis=0), added_c)
-    added_c = tl.where(offs_c == _SWAPS, tl.sum(swapped_e, axis=0), added_c)
-    added_c = tl.where(offs_c == _MOVED_MASS, moved_units, added_c)
+    count = tl.sum(urgent_e.to(tl.int32), axis=0)
+    added_c = tl.where(offs_c == _UNIQUE_MISSES, count, added_c)
+    if SWAPS:
+        added_c = tl.where(offs_c == _SWAPS, tl.sum(swapped_e, axis=0), added_c)
+        added_c = tl.where(offs_c == _MOVED_MASS, moved_units, added_c)
     added_c = tl.where(offs_c == _PADDED, T - num_valid, added_c)
     # one vector add: a scalar atomic would run once per thread
     tl.atomic_add(counters_ptr + offs_c, added_c, mask=added_c != 0, sem="relaxed")
 
-    priority_e = tl.where(urgent_e, _URGENT, tl.where(background_e, _BACKGROUND, _NONE))
-    waiting_e = tl.where(urgent_e, executed_e, tl.where(background_e, swapped_e, 0))
-    count = tl.sum((priority_e != _NONE).to(tl.int32), axis=0)
+    priority_e = tl.where(urgent_e, _URGENT, _NONE)
+    waiting_e = tl.where(urgent_e, executed_e, 0)
+    if SWAPS:
+        background_e = mask_e & missing_e & (swapped_e > 0) & (urgent_e == 0)
+        count += tl.sum(background_e.to(tl.int32), axis=0)
+        priority_e = tl.where(background_e, _BACKGROUND, priority_e)
+        waiting_e = tl.where(background_e, swapped_e, waiting_e)
     row_ptr = record_ptr + _RECORD_HEADER + offs_e
     # last word first, first word last: a reader from front to back sees them differ if overtaken
-    tl.store(record_ptr + _RECORD_HEADER + _RECORD_FIELDS * E, generation)
+    LAST: tl.constexpr = _RECORD_HEADER + _RECORD_FIELDS * E + _RECORD_TAIL - 1
+    tl.store(record_ptr + LAST, generation)
     tl.store(record_ptr + 1, count)
     tl.store(row_ptr, executed_e, mask=mask_e)
     tl.store(row_ptr + E, waiting_e, mask=mask_e)

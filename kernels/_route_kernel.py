@@ -16,11 +16,23 @@ import triton.language as tl
 
 from . import layout
 from ._control import adapt, strength_in_force
-from ._epilogue import age, finish, moved_units_of
-from ._keys import NONFINITE, TAKEN, finite_or_zero, key_score, sum_of
+from ._epilogue import age, age_once, count_activations, finish, moved_units_of
+from ._keys import (
+    FLOAT32_MAX,
+    NONFINITE,
+    TAKEN,
+    column,
+    finite_or_zero,
+    key_score,
+    rank_code,
+    rank_key,
+    side_by_side,
+    sum_of,
+)
 from ._meters import METERS_BLOCK, add_meters, gone_of, kept_of, meters_of
 from ._score import (
     SIGMOID,
+    SOFTMAX,
     SPARSEMIXER,
     capped,
     in_best_groups,
@@ -31,7 +43,6 @@ from ._score import (
 )
 from ._select import (
     EXACT,
-    FLOAT32_MAX,
     MASS,
     OUTPUT,
     RANGE_BONUS,
@@ -57,17 +68,30 @@ _NUM_CONTROL_STATE = tl.constexpr(layout.NUM_CONTROL_STATE)
 _NUM_METERS = tl.constexpr(layout.NUM_METERS)
 _RECORD_HEADER = tl.constexpr(layout.RECORD_HEADER)
 _RECORD_FIELDS = tl.constexpr(layout.RECORD_FIELDS)
+_RECORD_TAIL = tl.constexpr(layout.RECORD_TAIL)
+
+
+@triton.jit
+def _load_tile(
+    logits_ptr, stride_lt, stride_le, block, T, offs_e, E: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_te = (offs_t < T)[:, None] & (offs_e < E)[None, :]
+    rows_t1 = offs_t.to(tl.int64)[:, None]
+    ptrs = logits_ptr + rows_t1 * stride_lt + offs_e[None, :].to(tl.int64) * stride_le
+    return tl.load(ptrs, mask=mask_te, other=0.0)
 
 
 @triton.jit
 def _route_tile(
-    logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
+    logits_te, weights_ptr, stride_wt, ids_ptr, stride_it, activations_ptr,
     block, T, num_valid, strength, missing_e, bias_e, offs_e, scaling_factor, softcap, far_eps,
     E: tl.constexpr, K: tl.constexpr, J: tl.constexpr, RULE: tl.constexpr,
     SCORE: tl.constexpr, HAS_BIAS: tl.constexpr, RENORMALIZE: tl.constexpr, CAPPED: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_SCORE: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    CONTROL: tl.constexpr, METERS: tl.constexpr, BLOCK_T: tl.constexpr,
+    CONTROL: tl.constexpr, METERS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Route BLOCK_T rows.
 
@@ -76,30 +100,31 @@ def _route_tile(
     """
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     rows_t = offs_t.to(tl.int64)
-    mask_t = offs_t < T
     valid_t = offs_t < num_valid
     mask_e = offs_e < E
-    mask_te = mask_t[:, None] & mask_e[None, :]
 
-    ptrs = logits_ptr + rows_t[:, None] * stride_lt + offs_e[None, :].to(tl.int64) * stride_le
-    x_te = tl.load(ptrs, mask=mask_te, other=0.0).to(tl.float32)
+    x_te = logits_te.to(tl.float32)
     if CAPPED:
         x_te = capped(x_te, softcap)
     code_te = tl.broadcast_to((offs_e * 2 + missing_e)[None, :], [BLOCK_T, offs_e.shape[0]])
     SPLIT: tl.constexpr = SCORE == SIGMOID or HAS_BIAS
-    every_te, mass_te = scored(x_te, bias_e, mask_e, SCORE, HAS_BIAS, TOP_GROUPS < NUM_GROUPS)
+    BY_LOGIT: tl.constexpr = SCORE == SOFTMAX and not HAS_BIAS and not CAPPED
+    PACKED: tl.constexpr = BY_LOGIT and logits_te.dtype == tl.bfloat16
+    every_te, mass_te = scored(
+        x_te, bias_e, mask_e, code_te, SCORE, HAS_BIAS, TOP_GROUPS < NUM_GROUPS, PACKED
+    )
     all_te = every_te  # the candidates
     if TOP_GROUPS < NUM_GROUPS:
         best_te = in_best_groups(
-            every_te, code_te, offs_e, E, NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G
+            every_te, code_te, offs_e, E, NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, PACKED
         )
         all_te = tl.where(best_te, every_te, TAKEN)
 
-    demand_keys, demand_codes, left_te = demand_of(all_te, code_te, K)
+    demand_keys, demand_codes, marks, left_te = demand_of(all_te, code_te, K, PACKED)
     demand_te = (left_te == TAKEN) & (all_te != TAKEN)
     top_t = finite_or_zero(key_score(demand_keys[0]))
     if TOP_GROUPS < NUM_GROUPS:  # the best of the row may be in another group
-        top_t = finite_or_zero(key_score(tl.max(every_te, axis=1)))
+        top_t = finite_or_zero(key_score(rank_key(tl.max(every_te, axis=1), PACKED)))
     keys = demand_keys
     codes = demand_codes
     executed_te = demand_te
@@ -133,11 +158,14 @@ def _route_tile(
             bonus_t = strength_t
             if RULE == RANGE_BONUS:
                 finite_te = all_te > NONFINITE
-                low_t = key_score(tl.min(tl.where(finite_te, all_te, 2147483647), axis=1))
+                low_t = tl.min(tl.where(finite_te, all_te, 2147483647), axis=1)
+                low_t = key_score(rank_key(low_t, PACKED))
                 spread_t = tl.minimum(key_score(demand_keys[0]) - low_t, FLOAT32_MAX)
                 # NaN where nothing is finite, and then no sum is finite whatever is added
                 bonus_t = tl.minimum(bonus_t * spread_t, FLOAT32_MAX)
-            may_t = may_t & may_outbid(left_te, code_te, demand_keys, demand_codes, bonus_t, K, J)
+            may_t = may_t & may_outbid(
+                left_te, code_te, demand_keys, demand_codes, bonus_t, K, J, PACKED
+            )
         # one branch keeps the common case, everybody wanted is resident, at the price of none
         if tl.max(may_t.to(tl.int32), axis=0) == 1:
             wanted = masses
@@ -148,16 +176,16 @@ def _route_tile(
                 missing_te = (code_te & 1) == 1
                 keys, codes = swap_within_budget(
                     left_te, code_te, missing_te, mass_te, demand_keys, demand_codes, wanted,
-                    top_t, total_t, strength_t, may_t, K, J, RULE, SPLIT,
+                    top_t, total_t, strength_t, may_t, K, J, RULE, SPLIT, PACKED,
                 )  # fmt: skip
             else:
                 keys, codes = take_biased_best(
-                    all_te, code_te, demand_keys, demand_codes, bonus_t, may_t, K, J
+                    all_te, code_te, demand_keys, demand_codes, bonus_t, may_t, K, J, PACKED
                 )
             executed_te = code_te == codes[0][:, None]
             for k in tl.static_range(1, K):
                 executed_te = executed_te | (code_te == codes[k][:, None])
-            keys, codes = by_score(keys, codes, executed_te, all_te, code_te, K)
+            keys, codes, marks = by_score(keys, codes, executed_te, all_te, code_te, K, PACKED)
             kept = masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT)
             kept_t = sum_of(kept, K)
             if SPLIT:
@@ -178,16 +206,31 @@ def _route_tile(
 
     if SCORE == SPARSEMIXER:
         # the same again, for the reason above
-        keys, codes, _ = demand_of(tl.where(executed_te, all_te, TAKEN), code_te, K)
-    weights = mixing_weights_of(
-        x_te, every_te, mass_te, code_te, keys, codes, masses, top_t, scaling_factor, far_eps,
-        K, SCORE, SPLIT, RENORMALIZE,
+        keys, codes, marks, _ = demand_of(tl.where(executed_te, all_te, TAKEN), code_te, K, PACKED)
+    offs_k = tl.arange(0, BLOCK_K)
+    if PACKED and K > 2:
+        mark_tk = side_by_side(marks, offs_k, K)
+        key_tk, code_tk = rank_key(mark_tk, PACKED), rank_code(mark_tk)
+    else:
+        key_tk, code_tk = side_by_side(keys, offs_k, K), side_by_side(codes, offs_k, K)
+    weight_tk = mixing_weights_of(
+        x_te, every_te, mass_te, code_te, keys, codes, key_tk, masses, top_t, offs_k,
+        scaling_factor, far_eps, K, SCORE, SPLIT, RENORMALIZE,
     )  # fmt: skip
-    for k in tl.static_range(K):
-        w_t = tl.where(valid_t, weights[k], 0.0).to(weights_ptr.dtype.element_ty)
-        e_t = (codes[k] >> 1).to(ids_ptr.dtype.element_ty)
-        tl.store(weights_ptr + rows_t * stride_wt + k, w_t, mask=mask_t)
-        tl.store(ids_ptr + rows_t * stride_it + k, e_t, mask=mask_t)
+    row, is_row = column(rows_t), column(offs_t) < T
+    weight_tk = tl.where(column(offs_t) < num_valid, weight_tk, 0.0).to(
+        weights_ptr.dtype.element_ty
+    )
+    id_tk = (code_tk >> 1).to(ids_ptr.dtype.element_ty)
+    mask_tk = is_row & (offs_k < K)[None, :]
+    weights_ptr += row * stride_wt + offs_k[None, :]
+    tl.store(weights_ptr, weight_tk, mask=mask_tk)
+    ids_ptr += row * stride_it + offs_k[None, :]
+    tl.store(ids_ptr, id_tk, mask=mask_tk)
+    if ONE_TILE and BLOCK_T == 1:
+        one_tk = tl.full(id_tk.shape, 1, tl.int64)
+        counts_tk = mask_tk & (column(offs_t) < num_valid)
+        tl.atomic_add(activations_ptr + (code_tk >> 1), one_tk, mask=counts_tk, sem="relaxed")
 
     live_te = valid_t[:, None] & mask_e[None, :]
     moved_t = tl.where(valid_t, moved_t, 0.0)
@@ -237,23 +280,49 @@ def route_kernel(
     AFFINITY_FROM: tl.constexpr, # AffinityFrom
     CONTROL: tl.constexpr,       # adapt the strength; not with EXACT
     METERS: tl.constexpr,        # measure what swaps change; not with EXACT
+    CONTIGUOUS: tl.constexpr,    # logits and outputs: the strides follow from E and K
     BLOCK_T: tl.constexpr,       # rows per tile, divides CHUNK
     BLOCK_E: tl.constexpr,       # next power of two >= E
+    BLOCK_K: tl.constexpr,       # next power of two >= K
     ONE_TILE: tl.constexpr,      # T <= BLOCK_T and one program: no ticket, no scratch
 ):  # fmt: skip
+    if CONTIGUOUS:
+        stride_lt = E
+        stride_le = 1
+        stride_wt = K
+        stride_it = K
     pid = tl.program_id(0)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     layer = layer.to(tl.int64)
+    RECORD: tl.constexpr = _RECORD_HEADER + _RECORD_FIELDS * E + _RECORD_TAIL
+    affinity_ptr += layer * E
+    activations_ptr += layer * E
+    counters_ptr += layer * _NUM_COUNTERS
+    record_ptr += layer * RECORD
+
+    # all that a call reads, before anything is computed: one memory round trip, not several
+    logits_te = _load_tile(logits_ptr, stride_lt, stride_le, pid, T, offs_e, E, BLOCK_T)
     slot_e = tl.load(slot_of_ptr + layer * E + offs_e, mask=mask_e, other=0)
-    missing_e = (slot_e < 0).to(tl.int32)
     HAS_BIAS: tl.constexpr = bias_ptr is not None
-    bias_e = missing_e
+    bias_e = slot_e
     if HAS_BIAS:
         bias_e = tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     strength = 0.0
     if RULE != EXACT:
         strength = tl.load(strength_ptr + layer)
+    num_valid = T
+    if num_valid_ptr is not None:
+        num_valid = tl.maximum(tl.minimum(tl.load(num_valid_ptr), T), 0)
+    generation = tl.load(record_ptr) + 1
+    missing_e = (slot_e < 0).to(tl.int32)
+    if ONE_TILE:
+        affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
+        # never so, which the compiler cannot know: or it loads late what is needed late
+        last_e = affinity_e.to(tl.int32, bitcast=True) | generation
+        if RULE != EXACT:
+            last_e = last_e | strength.to(tl.int32, bitcast=True)
+        missing_e = tl.where(T < 0, last_e, missing_e)
     residents = E
     if CONTROL:
         control_ptr += layer * _NUM_CONTROLS
@@ -262,36 +331,31 @@ def route_kernel(
         strength = strength_in_force(control_ptr, strength, residents, K)
     if METERS:
         meters_ptr += layer * _NUM_METERS
-    num_valid = T
-    if num_valid_ptr is not None:
-        num_valid = tl.maximum(tl.minimum(tl.load(num_valid_ptr), T), 0)
-    RECORD: tl.constexpr = _RECORD_HEADER + _RECORD_FIELDS * E + 1
-    affinity_ptr += layer * E
-    activations_ptr += layer * E
-    counters_ptr += layer * _NUM_COUNTERS
-    record_ptr += layer * RECORD
-
-    # read early and volatile: read last, they would add a memory round trip to the tail
-    generation = tl.load(record_ptr, volatile=True) + 1
     if ONE_TILE:
-        affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
         demand_te, executed_te, moved_t, unavoidable, added_m = _route_tile(
-            logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
+            logits_te, weights_ptr, stride_wt, ids_ptr, stride_it, activations_ptr,
             pid, T, num_valid, strength, missing_e, bias_e, offs_e, scaling_factor, softcap, far_eps,
             E, K, J, RULE, SCORE, HAS_BIAS, RENORMALIZE, CAPPED,
-            NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, CONTROL, METERS, BLOCK_T,
+            NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, CONTROL, METERS, BLOCK_T, BLOCK_K, ONE_TILE,
         )  # fmt: skip
         chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
         bit_t = 1 << tl.arange(0, BLOCK_T)
         word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
-        affinity_e = age(affinity_e, word_e, num_valid, decay, boost, max_score)
+        executed_e = tl.sum(executed_te.to(tl.int32), axis=0)
+        if BLOCK_T > 1:
+            count_activations(activations_ptr, executed_e, offs_e, E)
+        if BLOCK_T == 1:
+            aged_e = age_once(affinity_e, word_e == 1, decay, boost, max_score)
+            affinity_e = tl.where(num_valid > 0, aged_e, affinity_e)
+        else:
+            affinity_e = age(affinity_e, word_e, num_valid, decay, boost, max_score)
         moved_units = moved_units_of(moved_t)
         misses = finish(
-            affinity_ptr, activations_ptr, counters_ptr, record_ptr,
+            affinity_ptr, counters_ptr, record_ptr,
             affinity_e,
-            tl.sum(executed_te.to(tl.int32), axis=0),
+            executed_e,
             tl.sum((demand_te & (executed_te == 0)).to(tl.int32), axis=0),
-            moved_units, missing_e, offs_e, T, num_valid, generation, E, K,
+            moved_units, missing_e, offs_e, T, num_valid, generation, E, K, RULE != EXACT,
         )  # fmt: skip
         if METERS:
             add_meters(meters_ptr, added_m)
@@ -304,22 +368,26 @@ def route_kernel(
         first_chunk = tl.maximum(num_valid - window, 0) // CHUNK
         executed_ptr = scratch_ptr + SCRATCH_HEADER + offs_e
         words_ptr = scratch_ptr + SCRATCH_HEADER + 2 * E
-        executed_e = tl.zeros([BLOCK_E], tl.int32)
-        swapped_e = tl.zeros([BLOCK_E], tl.int32)
+        # summed over rows once, at the end: that crosses threads
+        executed_sum_te = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+        swapped_sum_te = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
         moved_units = tl.zeros([1], tl.int64)
         unavoidable_sum = tl.zeros([1], tl.int32)
         meters_m = tl.zeros([METERS_BLOCK], tl.int64)
         for block in range(pid, tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
+            here_te = logits_te
+            ahead = block + tl.num_programs(0)  # arrives while this tile is routed
+            logits_te = _load_tile(logits_ptr, stride_lt, stride_le, ahead, T, offs_e, E, BLOCK_T)
             demand_te, executed_te, moved_t, unavoidable, added_m = _route_tile(
-                logits_ptr, stride_lt, stride_le, weights_ptr, stride_wt, ids_ptr, stride_it,
+                here_te, weights_ptr, stride_wt, ids_ptr, stride_it, activations_ptr,
                 block, T, num_valid, strength, missing_e, bias_e, offs_e,
                 scaling_factor, softcap, far_eps,
                 E, K, J, RULE, SCORE, HAS_BIAS, RENORMALIZE, CAPPED,
-                NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, CONTROL, METERS, BLOCK_T,
+                NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, CONTROL, METERS, BLOCK_T, BLOCK_K, ONE_TILE,
             )  # fmt: skip
-            executed_e += tl.sum(executed_te.to(tl.int32), axis=0)
+            executed_sum_te += executed_te.to(tl.int32)
             if RULE != EXACT:
-                swapped_e += tl.sum((demand_te & (executed_te == 0)).to(tl.int32), axis=0)
+                swapped_sum_te += (demand_te & (executed_te == 0)).to(tl.int32)
                 moved_units += moved_units_of(moved_t)
             if CONTROL:
                 unavoidable_sum += unavoidable
@@ -333,9 +401,11 @@ def route_kernel(
                 ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
                 tl.atomic_or(ptrs, word_e, mask=mask_e & (word_e != 0), sem="relaxed")
 
+        executed_e = tl.sum(executed_sum_te, axis=0)
         some_e = mask_e & (executed_e > 0)
         tl.atomic_add(executed_ptr, executed_e, mask=some_e, sem="relaxed")
         if RULE != EXACT:
+            swapped_e = tl.sum(swapped_sum_te, axis=0)
             gone_e = mask_e & (swapped_e > 0)
             tl.atomic_add(executed_ptr + E, swapped_e, mask=gone_e, sem="relaxed")
             moved_ptr = counters_ptr + _MOVED_MASS + tl.arange(0, 1)
@@ -367,11 +437,12 @@ def route_kernel(
             if CONTROL:
                 unavoidable = tl.sum(tl.load(unavoidable_ptr, cache_modifier=".cg"), axis=0)
                 moved_sum = tl.sum(tl.load(moved_sum_ptr, cache_modifier=".cg"), axis=0)
+            count_activations(activations_ptr, executed_e, offs_e, E)
             # moved mass went to its counter program by program
             misses = finish(
-                affinity_ptr, activations_ptr, counters_ptr, record_ptr,
+                affinity_ptr, counters_ptr, record_ptr,
                 affinity_e, executed_e, swapped_e, 0, missing_e, offs_e,
-                T, num_valid, generation, E, K,
+                T, num_valid, generation, E, K, RULE != EXACT,
             )  # fmt: skip
             # after the barrier in finish: every warp has read what is set to zero here
             zero_e = tl.zeros([BLOCK_E], tl.int32)

@@ -8,7 +8,21 @@ differ (``SPLIT``: sigmoid, or a correction bias) there is one, ``mass_te``; els
 import triton
 import triton.language as tl
 
-from ._keys import NONFINITE, TAKEN, best_of, finite_or_zero, key_score, order_key, sum_of, value_at
+from ._keys import (
+    NONFINITE,
+    TAKEN,
+    best_of,
+    column,
+    finite_or_zero,
+    key_score,
+    order_key,
+    rank_key,
+    ranked,
+    side_by_side,
+    sum_of,
+    value_at,
+    without,
+)
 from .score_ref import SIGMOID_EPS
 
 # Score values of score_ref.py; constexpr here because a kernel cannot read an enum
@@ -45,9 +59,10 @@ def _sum_of_units(share_te):
 
 @triton.jit
 def scored(
-    x_te, bias_e, mask_e, SCORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GROUPS: tl.constexpr
+    x_te, bias_e, mask_e, code_te,
+    SCORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GROUPS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys of the selection scores, TAKEN where there is no expert, and with SPLIT the masses."""
+    """Ranks by selection score, TAKEN where there is no expert, and with SPLIT the masses."""
     key_te = tl.where(mask_e[None, :], order_key(x_te), TAKEN)
     mass_te = x_te
     if SCORE == SIGMOID:
@@ -62,25 +77,27 @@ def scored(
         if HAS_BIAS:
             selection_te = selection_te + bias_e[None, :]
         key_te = tl.where(key_te > NONFINITE, order_key(selection_te), key_te)
-    return key_te, mass_te
+    rank_te = tl.where(mask_e[None, :], ranked(key_te, code_te, PACKED), TAKEN)
+    return rank_te, mass_te
 
 
 @triton.jit
 def in_best_groups(
-    key_te, code_te, offs_e, E: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    GROUP_SCORE: tl.constexpr, BLOCK_G: tl.constexpr,
+    rank_te, code_te, offs_e, E: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    GROUP_SCORE: tl.constexpr, BLOCK_G: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Whether an expert is in one of the groups that its token may visit."""
     group_e = offs_e // (E // NUM_GROUPS)
     offs_g = tl.arange(0, BLOCK_G)
-    group_tg = tl.full([key_te.shape[0], BLOCK_G], TAKEN, tl.int32)
+    group_tg = tl.full([rank_te.shape[0], BLOCK_G], TAKEN, tl.int32)
     # a loop that is not unrolled: eight groups would make the kernel five times as long to compile
     for g in range(NUM_GROUPS):
-        own_te = tl.where((group_e == g)[None, :], key_te, TAKEN)
-        score_t, code_t = best_of(own_te, code_te)
+        own_te = tl.where((group_e == g)[None, :], rank_te, TAKEN)
+        score_t, _, mark_t = best_of(own_te, code_te, PACKED)
         if GROUP_SCORE == _TOP2_SUM:
-            rest_te = tl.where(code_te == code_t[:, None], TAKEN, own_te)
-            score_t = order_key(key_score(score_t) + key_score(tl.max(rest_te, axis=1)))
+            rest_te = without(own_te, code_te, mark_t, PACKED)
+            second_t = rank_key(tl.max(rest_te, axis=1), PACKED)
+            score_t = order_key(key_score(score_t) + key_score(second_t))
         group_tg = tl.where((offs_g == g)[None, :], score_t[:, None], group_tg)
     own_tg1 = group_tg[:, :, None]
     other_t1g = group_tg[:, None, :]
@@ -130,62 +147,90 @@ def _sparsemixer_weight(x_te, key_te, code_te, key_t, code_t, far_eps):
 
 
 @triton.jit
+def _sum_of_chosen(mass_tk):
+    """Row sums of at most 16 values in [0, 1], to about an ulp of a float32 from 1 to 16."""
+    # in units of 2**-26, for the reason above; 16 of them fit an int32
+    units_tk = (mass_tk * 67108864.0 + 0.5).to(tl.int32)
+    return tl.sum(units_tk, axis=1).to(tl.float32) * (1.0 / 67108864.0)
+
+
+@triton.jit
+def _softmax_weights(
+    x_te, rank_te, key_tk, keys, top_t, is_rank_tk, K: tl.constexpr, RENORMALIZE: tl.constexpr
+):  # fmt: skip
+    """Weights where experts rank by their logit."""
+    if RENORMALIZE:
+        # relative to the best executed score: relative to the best of the row, every weight could
+        # underflow once the top expert has been swapped away
+        top_t = finite_or_zero(key_score(keys[0]))
+    mass_tk = tl.where(is_rank_tk, tl.exp(key_score(key_tk) - column(top_t)), 0.0)
+    if RENORMALIZE:
+        total_t = _sum_of_chosen(mass_tk)
+    else:
+        total_t = row_mass_of(x_te, rank_te, top_t)
+    total = column(total_t)
+    is_dead = total <= 0.0
+    return tl.where(is_dead, 1.0 / K, mass_tk * (1.0 / tl.where(is_dead, 1.0, total)))
+
+
+@triton.jit
+def _split_weights(
+    x_te, mass_te, code_te, codes, masses, K: tl.constexpr, SCORE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Weights where experts rank by something else than what they are weighed by."""
+    if SCORE == SOFTMAX and RENORMALIZE:  # back to the logits
+        best_t = tl.full(codes[0].shape, NONFINITE, tl.int32)
+        logit_keys = ()
+        for k in tl.static_range(K):
+            key_t = order_key(value_at(x_te, code_te, codes[k]))
+            logit_keys = logit_keys + (key_t,)
+            best_t = tl.maximum(best_t, key_t)
+        top_t = finite_or_zero(key_score(best_t))
+        masses = masses_of(logit_keys, codes, mass_te, code_te, top_t, K, False)
+    total_t = sum_of(masses, K)
+    dead_t = total_t <= 0.0
+    scale_t = tl.full(total_t.shape, 1.0, tl.float32)
+    if SCORE == SOFTMAX and not RENORMALIZE:
+        dead_t = tl.max(mass_te, axis=1) <= 0.0  # the chosen may underflow, the best cannot
+    elif SCORE == SOFTMAX:
+        scale_t = 1.0 / tl.where(dead_t, 1.0, total_t)
+    elif RENORMALIZE:
+        scale_t = 1.0 / (total_t + _EPS)
+    weights = ()
+    for k in tl.static_range(K):
+        weights = weights + (tl.where(dead_t, 1.0 / K, masses[k] * scale_t),)
+    return weights
+
+
+@triton.jit
 def mixing_weights_of(
-    x_te, key_te, mass_te, code_te, keys, codes, masses, top_t, scaling_factor, far_eps,
+    x_te, rank_te, mass_te, code_te, keys, codes, key_tk, masses, top_t, offs_k, scaling_factor,
+    far_eps,
     K: tl.constexpr, SCORE: tl.constexpr, SPLIT: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Weights of the K experts in ``keys``; uniform where no score is finite.
+    """Weights of the K experts in ``keys``, (BLOCK_T, BLOCK_K); uniform where no score is finite.
 
-    ``key_te`` has a key for every expert, candidate or not, ``top_t`` is the best of the row, and
+    ``rank_te`` ranks every expert, candidate or not, ``top_t`` is the best score of the row, and
     ``masses`` are those of ``keys``, with SPLIT.
     """
-    weights = ()
-    if SCORE == SOFTMAX and RENORMALIZE and K == 2 and not SPLIT:
+    if SPLIT:
+        weights = _split_weights(x_te, mass_te, code_te, codes, masses, K, SCORE, RENORMALIZE)
+        weight_tk = side_by_side(weights, offs_k, K)
+    elif SCORE == SPARSEMIXER:
+        weights = ()
+        for k in tl.static_range(K):
+            weight_t = _sparsemixer_weight(x_te, rank_te, code_te, keys[k], codes[k], far_eps)
+            weights = weights + (tl.where(keys[0] == NONFINITE, 1.0 / K, weight_t),)
+        weight_tk = side_by_side(weights, offs_k, K)
+    elif RENORMALIZE and K == 2:
         # softmax of two: one exponential. A row with nothing finite has ratio 1
         best_t = key_score(keys[0])
         gap_t = tl.where(best_t == -float("inf"), 0.0, key_score(keys[1]) - best_t)
         ratio_t = tl.exp(gap_t)
-        weights = (1.0 / (1.0 + ratio_t), ratio_t / (1.0 + ratio_t))
-    elif SCORE == SPARSEMIXER:
-        for k in tl.static_range(K):
-            weight_t = _sparsemixer_weight(x_te, key_te, code_te, keys[k], codes[k], far_eps)
-            weights = weights + (tl.where(keys[0] == NONFINITE, 1.0 / K, weight_t),)
+        weight_tk = side_by_side((1.0 / (1.0 + ratio_t), ratio_t / (1.0 + ratio_t)), offs_k, K)
     else:
-        if SCORE == SOFTMAX and RENORMALIZE:
-            if SPLIT:  # ranked by something else: back to the logits
-                best_t = tl.full(keys[0].shape, NONFINITE, tl.int32)
-                logit_keys = ()
-                for k in tl.static_range(K):
-                    key_t = order_key(value_at(x_te, code_te, codes[k]))
-                    logit_keys = logit_keys + (key_t,)
-                    best_t = tl.maximum(best_t, key_t)
-                top_t = finite_or_zero(key_score(best_t))
-                masses = masses_of(logit_keys, codes, mass_te, code_te, top_t, K, False)
-            else:
-                # relative to the best executed score: relative to the best of the row, every
-                # weight could underflow once the top expert has been swapped away
-                top_t = finite_or_zero(key_score(keys[0]))
-                masses = masses_of(keys, codes, mass_te, code_te, top_t, K, False)
-            total_t = sum_of(masses, K)
-        else:
-            if not SPLIT:
-                masses = masses_of(keys, codes, mass_te, code_te, top_t, K, SPLIT)
-            total_t = sum_of(masses, K)
-            if SCORE == SOFTMAX and not SPLIT:
-                total_t = row_mass_of(x_te, key_te, top_t)
-        dead_t = total_t <= 0.0
-        if SCORE == SOFTMAX and SPLIT and not RENORMALIZE:
-            dead_t = tl.max(mass_te, axis=1) <= 0.0  # the chosen may underflow, the best cannot
-            scale_t = tl.full(total_t.shape, 1.0, tl.float32)
-        elif SCORE == SIGMOID and not RENORMALIZE:
-            scale_t = tl.full(total_t.shape, 1.0, tl.float32)
-        elif SCORE == SIGMOID:
-            scale_t = 1.0 / (total_t + _EPS)
-        else:
-            scale_t = 1.0 / tl.where(dead_t, 1.0, total_t)
-        for k in tl.static_range(K):
-            weights = weights + (tl.where(dead_t, 1.0 / K, masses[k] * scale_t),)
-    scaled = ()
-    for k in tl.static_range(K):
-        scaled = scaled + (weights[k] * scaling_factor,)
-    return scaled
+        weight_tk = _softmax_weights(
+            x_te, rank_te, key_tk, keys, top_t, (offs_k < K)[None, :], K, RENORMALIZE
+        )
+    return weight_tk * scaling_factor

@@ -12,15 +12,16 @@ MAX_GROUPS = 32  # the kernel keeps a bit for each in one word
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_call(logits_TE, state, layer, top_k, decay, num_valid):
+def check_call(logits_TE, slot_of_LE, scratch, layer, top_k, decay, num_valid):
     """Refuse what the kernel cannot take; see :func:`moe_gpu.kernels.route.route`."""
-    if logits_TE.ndim != 2:
+    shape = logits_TE.shape
+    if len(shape) != 2:
         raise ValueError(
             f"logits must be 2-D (tokens, experts), got shape {tuple(logits_TE.shape)}"
         )
     if logits_TE.dtype not in _FLOATS:
         raise TypeError(f"logits must be float32, float16 or bfloat16, got {logits_TE.dtype}")
-    L, E = state.slot_of_LE.shape
+    L, E = slot_of_LE.shape
     if logits_TE.shape[1] != E:
         raise ValueError(f"logits must have {E} columns, one per expert, got {logits_TE.shape[1]}")
     if E > MAX_EXPERTS:
@@ -29,12 +30,12 @@ def check_call(logits_TE, state, layer, top_k, decay, num_valid):
         raise ValueError(f"top_k must lie in [1, {min(E, MAX_TOP_K)}] for {E} experts, got {top_k}")
     if not 0 <= layer < L:
         raise ValueError(f"layer must lie in [0, {L - 1}], got {layer}")
-    if logits_TE.device != state.slot_of_LE.device:
+    if logits_TE.device != slot_of_LE.device:
         raise ValueError(
             f"logits are on {logits_TE.device}, but the router state is on "
-            f"{state.slot_of_LE.device}: move one of them"
+            f"{slot_of_LE.device}: move one of them"
         )
-    words, window = state.scratch.numel(), affinity_window(decay)
+    words, window = scratch.numel(), affinity_window(decay)
     if words < layout.scratch_words(E, window):  # enough for every T otherwise
         T = logits_TE.shape[0]
         needed = layout.scratch_words(E, min(T, window))

@@ -8,11 +8,13 @@ Step record, one row of int32 words per layer, rewritten whole by every route ca
 
     word 0                  generation, one more than the call before
     word 1                  number of experts whose priority is not PRIORITY_NONE
+    words 2 and 3           nothing: what follows begins where a thread can store four words
     RECORD_HEADER + 0 E     executed: valid tokens routed to each expert in this call
     RECORD_HEADER + 1 E     waiting: tokens waiting for a missing expert (see priority)
     RECORD_HEADER + 2 E     priority: PRIORITY_NONE, PRIORITY_URGENT or PRIORITY_BACKGROUND
     RECORD_HEADER + 3 E     affinity after this call, float32 bits
-    RECORD_HEADER + 4 E     generation again: a reader that sees two values was overtaken
+    RECORD_HEADER + 4 E     nothing, three words
+    the last word           generation again: a reader that sees two values was overtaken
 
 What protects a reader is stream order: read on the stream that routes. The two generations are
 there to catch the mistake of reading elsewhere, not to make it safe.
@@ -118,13 +120,14 @@ PRIORITY_NONE = 0
 PRIORITY_URGENT = 1  # executed in this call and not resident
 PRIORITY_BACKGROUND = 2  # demanded, not resident, and swapped away by every token that wanted it
 
-RECORD_HEADER = 2
+RECORD_HEADER = 4
 RECORD_FIELDS = 4
+RECORD_TAIL = 4
 
 
 def record_width(num_experts: int) -> int:
     """Return the int32 words in one layer's step record for ``num_experts`` experts."""
-    return RECORD_HEADER + RECORD_FIELDS * num_experts + 1
+    return RECORD_HEADER + RECORD_FIELDS * num_experts + RECORD_TAIL
 
 
 CHUNK = 32  # tokens whose choices of one expert share an int32 word of the scratch

@@ -5,23 +5,22 @@ in exactly one kernel launch. CUDA tensors take the Triton kernel, CPU tensors t
 under ``TRITON_INTERPRET=1`` the kernel runs in Triton's interpreter for both.
 """
 
+import operator
 import os
 
 import torch
 
 from . import layout
 from .checks import check_call, check_out, check_scores
-from .route_ref import AffinityFrom, Rule, affinity_window, route_ref
+from .route_ref import AffinityFrom, Rule, route_ref
 from .score_ref import GroupScore, Score, ScoreRule
 
 try:
-    import triton
-
-    from ._route_kernel import route_kernel
+    from .launch import launch
 except ModuleNotFoundError as error:  # no Triton wheel for this platform: the CPU path remains
     if error.name != "triton":
         raise
-    triton = route_kernel = None
+    launch = None
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,34 +30,20 @@ def route_path(device: torch.device) -> str:
     return "triton" if device.type == "cuda" or _INTERPRET else "reference"
 
 
-def tile_of(T: int, E: int, K: int) -> tuple[int, int, int]:
-    """Return ``(BLOCK_T, BLOCK_E, num_warps)`` for a call of T tokens. Not tuned for speed.
-
-    One warp a program up to 512 experts: then no reduction crosses warps and nothing waits at a
-    barrier. Triton lays 32 columns of a row across a warp, so a thread holds several rows where
-    rows are narrow, and for each of them K keys, codes and masses: ``rows`` keeps that within
-    the registers (tests/test_compiles.py fails on a spill). BLOCK_T divides the 32-token chunk.
-    """
-    BLOCK_E = triton.next_power_of_2(E)
-    rows_per_pass = max(1, 32 // BLOCK_E)
-    rows = 8 if K <= 2 else 2 if K <= 4 else 1
-    rows = min(rows, max(1, 512 // BLOCK_E))  # at most 16 columns a thread in all
-    BLOCK_T = min(rows_per_pass * rows, layout.CHUNK, triton.next_power_of_2(T))
-    num_warps = 1 if BLOCK_E <= 512 else 4
-    return BLOCK_T, BLOCK_E, num_warps
-
-
-def launch_options(num_warps: int, hip: bool = torch.version.hip is not None) -> dict:
-    """Return the compile options of every launch, for AMD if ``hip``."""
-    # no fused multiply-add: the affinity takes the same two roundings as the reference
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    # left alone, ptxas spills a few bytes to reach the next step of occupancy
-    return options if hip else options | {"maxnreg": 255}
-
-
 PLAIN = ScoreRule()
 EVERY = 2**62  # more tokens than any call has
-MAX_PROGRAMS = 1024  # beyond it programs take several tiles each: fewer atomics on the same words
+_STATE = (
+    "slot_of_LE", "strength_L", "affinity_LE", "activations_LE", "counters_LC", "record_LR",
+    "scratch", "control_LP", "control_state_LS", "meters_LM",
+)  # fmt: skip
+_of_buffers = operator.itemgetter(*_STATE)
+
+
+def _tensors_of(state: layout.RouteState) -> tuple[torch.Tensor, ...]:
+    # a module looks its buffers up last, and slowly; a trace does not mind, nor knows itemgetter
+    if isinstance(state, torch.nn.Module) and not torch.compiler.is_compiling():
+        return _of_buffers(state._buffers)
+    return tuple(getattr(state, name) for name in _STATE)
 
 
 def route(
@@ -122,32 +107,38 @@ def route(
         ValueError: A shape, bound or device that does not fit, before anything is written.
         TypeError: A dtype that does not fit.
     """
-    check_call(logits_TE, state, layer, top_k, decay, num_valid)
+    (
+        slot_of_LE, strength_L, affinity_LE, activations_LE, counters_LC, record_LR, scratch,
+        control_LP, control_state_LS, meters_LM,
+    ) = _tensors_of(state)  # fmt: skip
+    check_call(logits_TE, slot_of_LE, scratch, layer, top_k, decay, num_valid)
     is_plain = correction_bias is None and score_rule.is_plain
     if not is_plain:
         check_scores(score_rule, correction_bias, logits_TE, top_k)
-    T = logits_TE.shape[0]
+    T, device = logits_TE.shape[0], logits_TE.device
     if out is None:
-        out = (
-            torch.empty(T, top_k, dtype=weights_dtype, device=logits_TE.device),
-            torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device),
-        )
+        weights_TK = torch.empty(T, top_k, dtype=weights_dtype, device=device)
+        ids_TK = torch.empty(T, top_k, dtype=torch.int64, device=device)
+        out = weights_TK, ids_TK
     else:
-        check_out(out, T, top_k, logits_TE.device)
+        check_out(out, T, top_k, device)
+        weights_TK, ids_TK = out
     if T == 0:
         return out
+    plain_TE = logits_TE
+    if logits_TE.requires_grad or type(logits_TE) is torch.nn.Parameter:
+        plain_TE = logits_TE.detach()
     args = (
-        logits_TE.detach(), *out, num_valid,
-        state.slot_of_LE, state.strength_L, state.affinity_LE, state.activations_LE,
-        state.counters_LC, state.record_LR, state.scratch,
+        plain_TE, weights_TK, ids_TK, num_valid,
+        slot_of_LE, strength_L, affinity_LE, activations_LE, counters_LC, record_LR, scratch,
         layer, top_k, int(rule), min(protect, top_k), max_policy_tokens,
         score_rule.renormalize, int(affinity_from),
-        decay, boost, max_score,
+        float(decay), float(boost), float(max_score),
     )  # fmt: skip
     control, meters = control and rule != Rule.EXACT, meters and rule != Rule.EXACT
     if control or meters or not is_plain:
-        args += (state.control_LP, state.control_state_LS) if control else (None, None)
-        args += (state.meters_LM if meters else None,)
+        args += (control_LP, control_state_LS) if control else (None, None)
+        args += (meters_LM if meters else None,)
     if not is_plain:
         args += (
             correction_bias, int(score_rule.score), score_rule.scaling_factor,
@@ -156,7 +147,7 @@ def route(
         )  # fmt: skip
     # the dispatcher costs more than the launch it leads to; only a traced graph needs it, and
     # tensors without values (meta, FakeTensor), of which only shapes come out
-    has_no_values = logits_TE.is_meta or type(args[0]) is not torch.Tensor
+    has_no_values = logits_TE.is_meta or type(plain_TE) is not torch.Tensor
     if torch.compiler.is_compiling() or has_no_values:
         torch.ops.moe_gpu.route_(*args)
     else:
@@ -173,16 +164,11 @@ def _route(
     bias_E=None, score=0, scaling_factor=1.0, num_groups=1, top_groups=1, group_score=0,
     softcap=0.0, jitter_eps=0.0,
 ):  # fmt: skip
-    if logits_TE.is_cuda and route_kernel is None:
+    if logits_TE.is_cuda and launch is None:
         raise RuntimeError("routing on CUDA needs triton, which is not installed")
     if logits_TE.shape[0] > max_policy_tokens:
-        rule, protect, control_LP, control_state_LS, meters_LM = (
-            int(Rule.EXACT),
-            0,
-            None,
-            None,
-            None,
-        )
+        rule, protect = int(Rule.EXACT), 0
+        control_LP = control_state_LS = meters_LM = None
     if route_path(logits_TE.device) == "reference":
         state = _State(
             slot_of_LE, strength_L, affinity_LE, activations_LE, counters_LC, record_LR, scratch,
@@ -202,35 +188,20 @@ def _route(
             control=control_LP is not None, meters=meters_LM is not None,
         )  # fmt: skip
         return
-    T, E = logits_TE.shape
-    BLOCK_T, BLOCK_E, num_warps = tile_of(T, E, top_k)
-    grid = (min(triton.cdiv(T, BLOCK_T), MAX_PROGRAMS),)
-    with torch.cuda.device_of(logits_TE):  # Triton launches on the current device
-        route_kernel[grid](
-            logits_TE, logits_TE.stride(0), logits_TE.stride(1),
-            num_valid, bias_E, slot_of_LE, strength_L,
-            weights_TK, weights_TK.stride(0), ids_TK, ids_TK.stride(0),
-            affinity_LE, activations_LE, counters_LC, record_LR, scratch,
-            control_LP, control_state_LS, meters_LM,
-            T, layer, affinity_window(decay), decay, boost, max_score,
-            scaling_factor, softcap, 2 * jitter_eps,
-            E=E, K=top_k, J=protect, RULE=rule, SCORE=score, RENORMALIZE=renormalize,
-            CAPPED=softcap > 0, NUM_GROUPS=num_groups, TOP_GROUPS=top_groups,
-            GROUP_SCORE=group_score, BLOCK_G=triton.next_power_of_2(num_groups),
-            AFFINITY_FROM=affinity_from, CONTROL=control_LP is not None,
-            METERS=meters_LM is not None, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
-            ONE_TILE=T <= BLOCK_T, **launch_options(num_warps),
-        )  # fmt: skip
+    launch(
+        logits_TE, weights_TK, ids_TK, num_valid, slot_of_LE, strength_L, affinity_LE,
+        activations_LE, counters_LC, record_LR, scratch,
+        layer, top_k, rule, protect, renormalize, affinity_from, decay, boost, max_score,
+        control_LP, control_state_LS, meters_LM,
+        bias_E, score, scaling_factor, num_groups, top_groups, group_score, softcap, jitter_eps,
+    )  # fmt: skip
 
 
 class _State:
-    __slots__ = (
-        "slot_of_LE", "strength_L", "affinity_LE", "activations_LE",
-        "counters_LC", "record_LR", "scratch", "control_LP", "control_state_LS", "meters_LM",
-    )  # fmt: skip
+    __slots__ = _STATE
 
     def __init__(self, *tensors):
-        for name, tensor in zip(self.__slots__, tensors, strict=True):
+        for name, tensor in zip(_STATE, tensors, strict=True):
             setattr(self, name, tensor)
 
 

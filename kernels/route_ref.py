@@ -22,6 +22,7 @@ Shape suffixes: T tokens, E experts, K experts per token, L layers, C counters, 
 """
 
 import enum
+import functools
 import math
 from typing import NamedTuple
 
@@ -195,6 +196,7 @@ def _inverse(order_TE):
     return rank_TE.scatter_(1, order_TE, positions_TE)
 
 
+@functools.lru_cache(64)
 def affinity_window(decay: float) -> int:
     """Return the tokens after which ``decay ** age < 2**-24``: older ones cannot show in float32.
 
@@ -310,10 +312,12 @@ def route_ref(
     generation = record_R[:1] + 1
     count = (priority_E != layout.PRIORITY_NONE).sum().reshape(1)
     affinity_bits_E = affinity_E.view(torch.int32)
+    header_R = generation.new_zeros(layout.RECORD_HEADER)
+    header_R[:2] = torch.cat([generation, count])
+    tail_R = generation.new_zeros(layout.RECORD_TAIL)
+    tail_R[-1:] = generation
     record_R.copy_(
-        torch.cat(
-            [generation, count, executed_E, waiting_E, priority_E, affinity_bits_E, generation]
-        )
+        torch.cat([header_R, executed_E, waiting_E, priority_E, affinity_bits_E, tail_R])
     )
 
 

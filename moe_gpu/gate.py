@@ -280,7 +280,8 @@ class MoEGate(nn.Module):
                 "not do: call eval(), or call it under torch.no_grad()"
             )
         if correction_bias is None:
-            correction_bias = self.e_score_correction_bias
+            # a module looks its buffers up last, and slowly
+            correction_bias = self._buffers["e_score_correction_bias"]
         T = logits.shape[0] if logits.ndim == 2 else 0
         policy = self._policy
         # asked of numbers first: of T, each side would be a graph of its own in a trace

@@ -37,7 +37,8 @@ class StepRecord(NamedTuple):
     @classmethod
     def from_row(cls, row_R: np.ndarray) -> "StepRecord":
         """Name the parts of a record row, int32 ``(R,)``; the arrays are views of it."""
-        first, E = layout.RECORD_HEADER, (len(row_R) - layout.RECORD_HEADER - 1) // FIELDS
+        first = layout.RECORD_HEADER
+        E = (len(row_R) - first - layout.RECORD_TAIL) // FIELDS
         executed_E, waiting_E, priority_E, affinity_bits_E = (
             row_R[first + i * E : first + (i + 1) * E] for i in range(FIELDS)
         )

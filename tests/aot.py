@@ -154,7 +154,7 @@ def compile_variant(variant: Variant, target: str) -> dict:
     from triton.compiler import ASTSource
 
     from moe_gpu.kernels._route_kernel import route_kernel
-    from moe_gpu.kernels.route import launch_options, tile_of
+    from moe_gpu.kernels.launch import columns_of, launch_options, tile_of
 
     v = variant
     BLOCK_T, BLOCK_E, num_warps = tile_of(v.T, v.E, v.K)
@@ -167,7 +167,7 @@ def compile_variant(variant: Variant, target: str) -> dict:
         "CONTROL": v.control, "METERS": v.meters,
         **({} if v.control else {"control_ptr": None, "control_state_ptr": None}),
         **({} if v.meters else {"meters_ptr": None}),
-        "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "ONE_TILE": v.T <= BLOCK_T,
+        "CONTIGUOUS": True, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_K": columns_of(BLOCK_T, v.K), "ONE_TILE": v.T <= BLOCK_T,
         "stride_le": 1, **({} if v.num_valid else {"num_valid_ptr": None}),
         # as the launcher specialises contiguous tensors: 1 is a constant
         **({"stride_lt": 1} if v.E == 1 else {}),

@@ -5,7 +5,7 @@ import torch
 
 from moe_gpu import AdaptiveBonus, HitRateTarget, QualityTarget
 from moe_gpu.kernels import layout
-from moe_gpu.kernels import route as route_module
+from moe_gpu.kernels import launch as launch_module
 from moe_gpu.kernels.control_ref import Call, adapt_ref, strength_in_force
 from moe_gpu.kernels.route import route
 from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref, select_ref
@@ -132,9 +132,9 @@ def test_same_bits_on_every_grid(device, monkeypatch):
     logits_TE = torch.randn(40, E, device=device)
 
     def run(tile=None, programs=1024):
-        monkeypatch.setattr(route_module, "MAX_PROGRAMS", programs)
+        monkeypatch.setattr(launch_module, "most_programs", lambda device: programs)
         if tile is not None:
-            monkeypatch.setattr(route_module, "tile_of", lambda T, E, K: tile)
+            monkeypatch.setattr(launch_module, "tile_of", lambda T, E, K: tile)
         state = adaptive_state(policy, E, K, device)
         settle(state, [0, 1, 2, 3])
         rules = {"top_k": K, "rule": policy.rule, "protect": 1, "control": True, "meters": True}
@@ -180,8 +180,9 @@ def test_without_control_nothing_adapts(device):
 
 @pytest.mark.parametrize("T", [1, 70])
 def test_one_launch_per_call(T, device, monkeypatch):
-    launches = Launches(route_module.route_kernel)
-    monkeypatch.setattr(route_module, "route_kernel", launches)
+    launches = Launches(launch_module.route_kernel)
+    monkeypatch.setattr(launch_module, "route_kernel", launches)
+    monkeypatch.setattr(launch_module, "_compiled", {})
     state = adaptive_state(HitRateTarget(), 8, 2, device)
     route(
         torch.randn(T, 8, device=device), state, 0, top_k=2, rule=Rule.OUTPUT, protect=1,

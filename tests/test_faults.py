@@ -715,7 +715,8 @@ print(len(threading.enumerate()), "threads", flush=True)
 
 def test_interpreter_exit_with_copies_in_flight():
     """One link that is slow, one that is stuck for ever."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     start_s = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=60, env=environment

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_gpu
 from moe_gpu import CacheBonus, Direction, Exact, MassBudget, MoEGate, Priority
+from moe_gpu.kernels import launch as launch_module
 from moe_gpu.kernels import route as route_module
 from routing import make_state
 
@@ -225,7 +226,7 @@ class Calls(TorchDispatchMode):
 
 
 def test_steady_state_allocates_nothing_and_never_waits(device, monkeypatch):
-    """With ``out=`` a call is the launch and views of its arguments: no other PyTorch op runs."""
+    """With ``out=`` a call is the launch: no PyTorch op runs."""
     launches = []
 
     class Recorder:
@@ -237,12 +238,13 @@ def test_steady_state_allocates_nothing_and_never_waits(device, monkeypatch):
     out = (torch.empty(4, 2, device=device), torch.empty(4, 2, dtype=torch.int64, device=device))
     gate.route(logits_TE, out=out)
     # the interpreter itself copies tensors about, so the launch is recorded, not run
-    monkeypatch.setattr(route_module, "route_kernel", Recorder())
+    monkeypatch.setattr(launch_module, "route_kernel", Recorder())
+    monkeypatch.setattr(launch_module, "_compiled", {})
     with Calls() as calls:
         for _ in range(3):
             gate.route(logits_TE, out=out)
     assert len(launches) == 3
-    assert set(calls.names) <= {"aten.detach.default"}, calls.names
+    assert not calls.names
 
 
 @pytest.mark.gpu

@@ -17,7 +17,8 @@ HALF_BITS = 0x3F000000  # 0.5 in float32
 
 
 def test_parts_of_a_row():
-    row_R = np.array([7, 2, 3, 0, 1, 1, 0, 2, 1, 0, 2, HALF_BITS, 0, HALF_BITS, 7], dtype=np.int32)
+    affinity = [HALF_BITS, 0, HALF_BITS]
+    row_R = np.array([7, 2, 0, 0, 3, 0, 1, 1, 0, 2, 1, 0, 2, *affinity, 0, 0, 0, 7], dtype=np.int32)
     assert len(row_R) == layout.record_width(3)
     record = StepRecord.from_row(row_R)
     assert (record.generation, record.num_requests) == (7, 2)

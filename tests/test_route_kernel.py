@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moe_gpu.kernels import route as route_module
-from moe_gpu.kernels.route import _route, route, tile_of
+from moe_gpu.kernels import launch as launch_module
+from moe_gpu.kernels.launch import tile_of
+from moe_gpu.kernels.route import _route, route
 from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref, select_ref
 from moe_gpu.kernels.score_ref import ScoreRule
 from routing import STATE, assert_same, both, make_state
@@ -208,9 +209,9 @@ def test_same_bits_on_every_grid(E, K, renormalize, device, monkeypatch):
     logits_TE = torch.randn(70, E, device=device)
 
     def run(tile=None, programs=1024):
-        monkeypatch.setattr(route_module, "MAX_PROGRAMS", programs)
+        monkeypatch.setattr(launch_module, "most_programs", lambda device: programs)
         if tile is not None:
-            monkeypatch.setattr(route_module, "tile_of", lambda T, E, K: tile)
+            monkeypatch.setattr(launch_module, "tile_of", lambda T, E, K: tile)
         state = make_state(E, half_of(E), 0.2, device=device)
         rules = {
             "top_k": K,
@@ -250,8 +251,9 @@ class Launches:
 
 @pytest.mark.parametrize("T", [1, 64, 300])
 def test_one_launch_per_call(T, device, monkeypatch):
-    launches = Launches(route_module.route_kernel)
-    monkeypatch.setattr(route_module, "route_kernel", launches)
+    launches = Launches(launch_module.route_kernel)
+    monkeypatch.setattr(launch_module, "route_kernel", launches)
+    monkeypatch.setattr(launch_module, "_compiled", {})
     state = make_state(8, [0, 1], 0.1, device=device)
     route(torch.randn(T, 8, device=device), state, 0, top_k=2, rule=Rule.MASS, protect=1)
     assert len(launches.grids) == 1

@@ -249,7 +249,7 @@ def test_same_bits_on_every_grid(device, monkeypatch):
     bias_E = bias_of(16).to(device)
     results = []
     for programs in (1, 3, 1024):
-        monkeypatch.setattr("moe_gpu.kernels.route.MAX_PROGRAMS", programs)
+        monkeypatch.setattr("moe_gpu.kernels.launch.most_programs", lambda device, n=programs: n)
         state = make_state(16, half_of(16), 0.3, device=device)
         out = route(
             logits_TE, state, 0, top_k=4, rule=Rule.OUTPUT, protect=1,
