@@ -4,9 +4,12 @@
 #                 that face transformers with the oldest version that is supported, and the newest,
 #                 which constraints-oldest.txt and constraints-newest.txt put beside .venv's own
 # make lint       ruff, check and format
+# make gpu        on a machine with an NVIDIA GPU: tests, benchmarks and traces, nine minutes at most.
+#                 Makes no .venv: any Python with torch, triton and transformers does (GPU_PYTHON)
 # make clean      the virtual environment and everything built
 #
-# Each makes .venv the first time. Variables: PYTHON (3.11 or newer), DEMO_ARGS, PYTEST_ARGS.
+# The others make .venv the first time. Variables: PYTHON (3.11 or newer), DEMO_ARGS, PYTEST_ARGS,
+# GPU_ARGS.
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; \
@@ -20,7 +23,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # with one of them, which shares its model and demo run
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint clean
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+.PHONY: demo test test-all lint gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -48,6 +53,9 @@ $(VENV)/%/.installed: constraints-%.txt $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu:
+	$(GPU_PYTHON) profiling/gpu_pass.py $(GPU_ARGS)
 
 # The stamp is the last thing written, so an interrupted set-up starts over. torch comes first and
 # alone: an index with a CPU build then decides it before anything that depends on torch is resolved.

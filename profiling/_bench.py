@@ -1,27 +1,35 @@
-"""What the benchmarks share: paired timing, conditions, tables, files that appear whole.
-
-An alternative is a callable that does one round of work and returns how many seconds of it count;
-what it prepares before is its own affair. :func:`interleave` runs all alternatives in turn, round
-by round, so that whatever else the machine does meets all of them, and :func:`ratio` compares
-them round by round.
-"""
+"""What the benchmarks share: conditions, tables, files that appear whole; clocks of ``_timing``."""
 
 import argparse
+import csv
+import io
 import json
 import os
 import platform
 import re
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from _timing import (  # noqa: F401 - the scripts find all they share here
+    Replay,
+    cold_s,
+    copy_bytes_per_s,
+    difference,
+    eager_s,
+    elapsed_s,
+    flush_buffer,
+    interleave,
+    l2_bytes,
+    percentiles,
+    ratio,
+    spread,
+    synchronize,
+)
 from moe_gpu.kernels.route import route_path
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +39,7 @@ NOT_MEASURED = "not measured"
 
 def arguments(
     doc: str, name: str, **more: dict
-) -> tuple[argparse.Namespace, torch.device, Callable[[dict, str], None]]:
+) -> tuple[argparse.Namespace, torch.device, Callable[..., None]]:
     """Parse the command line that every benchmark has.
 
     Args:
@@ -40,7 +48,8 @@ def arguments(
         more: Further options, ``add_argument``'s keywords by name.
 
     Returns:
-        The options, the device, and the function that writes results and table.
+        The options, the device, and the function that writes results, table and, if given, the
+        rows of a CSV file.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +57,7 @@ def arguments(
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test; its figures mean little"
     )
-    parser.add_argument("--out", type=Path, help="where to write the JSON, and the .md beside it")
+    parser.add_argument("--out", type=Path, help="where to write the JSON; the rest goes beside it")
     for option, keywords in more.items():
         parser.add_argument(f"--{option.replace('_', '-')}", **keywords)
     options = parser.parse_args()
@@ -59,7 +68,9 @@ def arguments(
     if options.quick and options.out is None:
         path = ROOT / "profiling" / "out" / f"{name}_quick.json"
 
-    def write(content: dict, text: str) -> None:
+    def write(content: dict, text: str, rows: Sequence[Mapping[str, object]] = ()) -> None:
+        if rows:
+            write_whole(path.with_suffix(".csv"), comma_separated(rows))
         write_whole(path, json.dumps(content, indent=1) + "\n")
         write_whole(path.with_suffix(".md"), text.rstrip() + "\n")
         print(f"\nwrote {path}")
@@ -73,84 +84,6 @@ def results_path(name: str, device: torch.device) -> Path:
         return RESULTS / f"{name}_cpu.json"
     folder = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
     return RESULTS / folder / f"{name}.json"
-
-
-# -- timing
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; nothing to wait for on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def elapsed_s(
-    work: Callable[[], object],
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Return the time that some work takes, the device's part included, by a clock in seconds."""
-    synchronize(device)
-    start_s = clock()
-    work()
-    synchronize(device)
-    return clock() - start_s
-
-
-def interleave(
-    alternatives: Mapping[str, Callable[[], float]],
-    rounds: int,
-    *,
-    warmup: int = 1,
-    max_seconds: float = float("inf"),
-    label: str = "",
-) -> dict[str, list[float]]:
-    """Time alternatives in turn, each round starting with another one.
-
-    Args:
-        alternatives: See the module docstring.
-        rounds: At most so many, after the warm-up.
-        warmup: Rounds that do not count.
-        max_seconds: Start no round after this, but do one.
-        label: Of the progress bar.
-
-    Returns:
-        Seconds by alternative and round.
-    """
-    names = list(alternatives)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    start_s = time.perf_counter()
-    for i in tqdm(range(-warmup, rounds), desc=label, unit="round", leave=False, disable=None):
-        if i > 0 and time.perf_counter() - start_s > max_seconds:
-            break
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            took_s = alternatives[name]()
-            if i >= 0:
-                seconds[name].append(took_s)
-    return seconds
-
-
-def spread(values: Iterable[float], scale: float = 1.0) -> dict[str, float]:
-    """Return median, p20, p80 and p99 of values times ``scale``."""
-    values = sorted(value * scale for value in values)
-
-    def at(share: float) -> float:
-        return values[min(len(values) - 1, int(share * len(values)))]
-
-    return {
-        "median": statistics.median(values), "p20": at(0.2), "p80": at(0.8), "p99": at(0.99),
-    }  # fmt: skip
-
-
-def ratio(of: Sequence[float], over: Sequence[float]) -> dict[str, float]:
-    """Return how the quotients of paired rounds spread."""
-    return spread(a / b for a, b in zip(of, over, strict=True))
-
-
-def difference(of: Sequence[float], less: Sequence[float], scale: float) -> dict[str, float]:
-    """Return how the differences of paired rounds, times ``scale``, spread."""
-    return spread((a - b for a, b in zip(of, less, strict=True)), scale)
 
 
 # -- what is timed
@@ -199,7 +132,24 @@ def conditions(device: torch.device, **more: object) -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_at_start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        **(gpu_facts(device) if device.type == "cuda" else {}),
     } | more
+
+
+def gpu_facts(device: torch.device) -> dict[str, object]:
+    """Return what of a GPU sets its speed; clocks and power are those of this moment."""
+    properties = torch.cuda.get_device_properties(device)
+    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    values = _output(command).partition("\n")[0].split(", ")
+    known = dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": l2_bytes(device) // 2**20 or None,
+        "cuda": torch.version.cuda,
+    } | {name.replace(".", "_"): value for name, value in known.items()}
 
 
 def device_name(device: torch.device) -> str:
@@ -230,9 +180,9 @@ def triton_version() -> str | None:
 
 
 def git_commit() -> str:
-    """Return the commit of the tree, marked if it had changes."""
+    """Return the commit of the tree, marked if it had changes; MOE_GPU_COMMIT names it elsewhere."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    return _output(command) or "unknown"
+    return os.environ.get("MOE_GPU_COMMIT") or _output(command) or "unknown"
 
 
 def _output(command: list[str]) -> str:
@@ -251,6 +201,16 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def comma_separated(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows as CSV; a row lacks what it does not have."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, heads, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def cell(value: object) -> str:

@@ -8,12 +8,15 @@ Reads ``quality.json`` in ``profiling/results``: its ``headline`` becomes the ta
 the default policy a sentence, its ``conditions`` the line under it. What was not measured, and
 everything of a file that is not there, reads "not measured". What ``eviction.json`` beside it
 found, if it is there, follows in a sentence. ``families.json`` becomes the table of families:
-model types of which the same works share a row.
+model types of which the same works share a row. What folders of GPUs hold (``gpu_pass.py``) becomes
+the tables of speed, where README.md has a place for them.
 """
 
 import argparse
 import json
+import operator
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +51,11 @@ def main() -> int:
     for path, name, part in (
         (args.readme, "measured", measured(results)),
         (args.readme, "families", families(args.results / "families.json")),
+        (args.readme, "speed", speed(args.results)),
         (args.page, "measured", against_rivals(results)),
     ):
-        after[path] = fill(path.name, after[path], name, part)
+        if name != "speed" or MARKERS[0].format(name) in after[path]:
+            after[path] = fill(path.name, after[path], name, part)
     stale = [path for path in after if after[path] != before[path]]
     for path in stale:
         if args.check:
@@ -201,6 +206,104 @@ def evicted(content: dict) -> str:
         f"worst of the traces, {where}, it {change} {abs(points):.2f} points. Means over three cache "
         "sizes, from [eviction.md](profiling/results/eviction.md)."
     )
+
+
+# -- speed
+
+ORDERS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
+CLOCKS = ("graph replay", "eager", "latency")
+NO_GPU = "Speed on a GPU, this library or any other: not measured."
+
+
+def speed(results: Path) -> str:
+    """Return what was measured on each GPU, or that none was."""
+    parts = [of_gpu(path.parent) for path in sorted(results.glob("*/route.json"))]
+    return "\n\n".join(parts) or NO_GPU
+
+
+def of_gpu(folder: Path) -> str:
+    """Return the tables of one GPU."""
+    route = load(folder / "route.json")
+    facts = (
+        f"{key.replace('_', ' ')} {plain(value)}"
+        for key, value in route["conditions"].items()
+        if value and not isinstance(value, dict)
+    )
+    parts = [
+        f"On {route['conditions']['device']}. Graph replay: device time; eager: the host's, per call; "
+        "latency: with a wait in every call.",
+        markdown(["the seed's target", "wanted", *CLOCKS, "from"], map(seed_line, seeds(route))),
+        markdown(["to be shown", "wanted", "measured", ""], map(target_line, route["targets"])),
+    ]
+    if (path := folder / "decode.json").exists():
+        decode = load(path)["decode"]
+        head = ["decode, batch 1", "ms/token", "MB moved/token", "hits"]
+        model = ", ".join(f"{key} {value}" for key, value in decode["model"].items())
+        parts += [markdown(head, map(decode_line, decode["rows"])), f"Model: {model}."]
+    if unmeasured := route["not_measured"]:
+        parts.append(f"Not measured there: {'; '.join(unmeasured)}.")
+    parts.append(f"Measured with: {'; '.join(facts)}. From `profiling/results/{folder.name}/`.")
+    return "\n\n".join(parts)
+
+
+def load(path: Path) -> dict:
+    """Return the content of a results file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def seeds(route: dict) -> list[dict]:
+    """Return the seed's targets that say what was wanted."""
+    return [target for target in route["seed_targets"] if target["wanted"]]
+
+
+def seed_line(target: dict) -> list[str]:
+    """Return the cells of a target of the seed; one that no clock measures has a figure."""
+    if "figure" in target:
+        return [
+            target["target"],
+            target["wanted"],
+            number(target["figure"]),
+            "",
+            "",
+            target["from"],
+        ]
+    figures = [number(target.get(clock)) for clock in CLOCKS]
+    return [target["target"], target["wanted"], *figures, target["from"]]
+
+
+def target_line(target: dict) -> list[str]:
+    """Return the cells of what a GPU must show."""
+    verdict = {True: "met", False: "**not met**", None: ""}[is_met(target)]
+    return [target["target"], target["wanted"], number(target["figure"]), verdict]
+
+
+def decode_line(row: dict) -> list[str]:
+    """Return the cells of one way to decode."""
+    time, moved = row["ms_per_token"], row["mb_per_token"]["median"]
+    hits = "" if row["hit_rate"] is None else f"{row['hit_rate']:.0%}"
+    spread = "{median:.2f} ({p20:.2f} to {p80:.2f})".format(**time)
+    return [row["decode"], spread, f"{moved:,.0f}", hits]
+
+
+def is_met(target: dict) -> bool | None:
+    """Return whether a figure keeps to what is wanted, such as ``"<= 1.3"``; None: not measured."""
+    if target["figure"] is None:
+        return None
+    order, bound = target["wanted"].split()
+    return ORDERS[order](target["figure"], float(bound))
+
+
+def number(figure: float | None) -> str:
+    """Format a figure of any size."""
+    if figure is None:
+        return NOT_MEASURED
+    return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.2f}"
+
+
+def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
+    """Return a Markdown table, its first column aligned to the left."""
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def plain(value: object) -> str:

@@ -1,5 +1,6 @@
 """The benchmarks run on any machine, say what they measured on, and refuse to time wrong results."""
 
+import csv
 import json
 import os
 import subprocess
@@ -15,20 +16,21 @@ CONDITIONS = {"device", "torch", "transformers", "python", "commit", "cores", "t
 SPREAD = {"median", "p20", "p80", "p99"}
 
 
-def run(script, out, prelude=""):
+def run(script, out, prelude="", options=()):
     """Run a benchmark on the CPU in a process of its own, after some lines of code."""
     code = f"{prelude}\nimport runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [PROFILING / script, "--device", "cpu", "--quick", "--out", out]
+    arguments = [PROFILING / script, "--device", "cpu", "--quick", "--out", out, *options]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(PROFILING), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(PROFILING), environment.get("PYTHONPATH")]))
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
 
-def results(script, folder):
-    done = run(script, folder / "out.json")
+def results(script, folder, options=(), suffixes=("csv", "json", "md")):
+    done = run(script, folder / "out.json", options=options)
     assert done.returncode == 0, done.stderr
     content = json.loads((folder / "out.json").read_text(encoding="utf-8"))
     text = (folder / "out.md").read_text(encoding="utf-8")
@@ -37,12 +39,12 @@ def results(script, folder):
     for key in ("device", "torch", "commit"):
         assert str(content["conditions"][key]) in measured
     assert text.strip() in done.stdout  # the table that was printed
-    assert sorted(path.name for path in folder.iterdir()) == ["out.json", "out.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [f"out.{name}" for name in suffixes]
     return content, text
 
 
 def test_attached(tmp_path):
-    content, text = results("bench_attached.py", tmp_path)
+    content, text = results("bench_attached.py", tmp_path, suffixes=("json", "md"))
     fast = content["throughput"]
     stocks = {f"stock, {name}" for name in ("eager", "grouped_mm", "batched_mm")}
     ours = {"attached, Exact()", "attached, default"}
@@ -74,29 +76,50 @@ def test_attached(tmp_path):
     assert "CPU time of the thread" in text
 
 
-def test_copies(tmp_path):
-    content, text = results("bench_copies.py", tmp_path)
-    copies, decode = content["throughput"], content["decode"]
-    assert {row["from"] for row in copies["rows"]} == {
+def test_loads(tmp_path):
+    content, text = results("bench_offload.py", tmp_path, options=["--part", "loads"])
+    loads = content["loads"]
+    assert {row["from"] for row in loads["rows"]} == {
         "plain copy", "pageable", "disk, in the page cache", "disk, page cache dropped",
     }  # fmt: skip
-    for row in copies["rows"]:
+    for row in loads["rows"]:
         assert row["gb_per_s"]["median"] > 0 and row["over_plain_copy"]["median"] > 0
         assert row["loads"] >= 8 and row["expert_mb"] == 1
+    assert {"pinned"} == set(loads["skipped"]) and loads["skipped"]["pinned"] in text
+    assert "link" not in content
+    with (tmp_path / "out.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["gb_per_s_median"]) for line in lines] == [
+        row["gb_per_s"]["median"] for row in loads["rows"]
+    ]
 
+
+def test_decode(tmp_path):
+    content, text = results("bench_decode.py", tmp_path)
+    decode = content["decode"]
     rows = {row["decode"]: row for row in decode["rows"]}
-    moved = {name: row["mb_per_forward"]["median"] for name, row in rows.items()}
-    assert moved["stock, all resident"] == 0
-    assert moved["moe-gpu, Exact()"] == moved["synchronous copies, Exact()"] > 0
+    moved = {name: row["mb_per_token"]["median"] for name, row in rows.items()}
+    hits = {name: row["hit_rate"] for name, row in rows.items()}
+    ours, synchronous = (
+        f"{who}, half resident, Exact()" for who in ("moe-gpu", "synchronous copies")
+    )
+    assert moved["stock, all resident"] == moved["moe-gpu, all resident, Exact()"] == 0
+    assert hits["moe-gpu, all resident, Exact()"] == 1 and hits["stock, all resident"] is None
+    assert moved[ours] == moved[synchronous] > 0 and 0 < hits[ours] == hits[synchronous] < 1
+    for row in rows.values():
+        assert set(row["ms_per_token"]) == SPREAD and row["ms_per_token"]["p20"] > 0
     sizes = decode["model"]
     expert = 3 * sizes["hidden_size"] * sizes["intermediate_size"] * 4 / 1e6
     layers = sizes["num_hidden_layers"] * sizes["num_local_experts"] / 2
     assert moved["whole layers (stand-in for device_map)"] == pytest.approx(layers * expert)
-    assert set(decode["moe_gpu_exact_over"]) == set(rows) - {"moe-gpu, Exact()"}
-    for reason in (copies["skipped"] | decode["skipped"]).values():
+    # a miss moves one expert, of two that each of the layers wants
+    missed = (1 - hits[ours]) * 2 * sizes["num_hidden_layers"] * expert
+    assert moved[ours] == pytest.approx(missed, rel=0.3)
+    assert {row["over"] for row in decode["ratios"] if row["of"] == ours} == set(rows) - {ours}
+    graphs = {name for name in decode["skipped"] if name.endswith(", graph")}
+    assert len(graphs) == 2 and set(decode["skipped"]) - graphs == {"transformers device_map"}
+    for reason in decode["skipped"].values():
         assert reason in text
-    assert {"pinned"} == set(copies["skipped"])
-    assert {"transformers device_map"} == set(decode["skipped"])
 
 
 WRONG_EXPERTS = """
@@ -118,11 +141,13 @@ ExpertStore.read_into = one_byte_off
     "script, prelude, message",
     [
         ("bench_attached.py", WRONG_EXPERTS, "attached, Exact() is wrong"),
-        ("bench_copies.py", WRONG_BYTES, "is wrong: not timing it"),
+        ("bench_offload.py", WRONG_BYTES, "is wrong: not timing it"),
+        ("bench_decode.py", WRONG_EXPERTS, "moe-gpu, all resident, Exact() is wrong"),
     ],
 )
 def test_refuses_to_time_what_is_wrong(script, prelude, message, tmp_path):
-    done = run(script, tmp_path / "out.json", prelude)
+    options = ["--part", "loads"] if script == "bench_offload.py" else []
+    done = run(script, tmp_path / "out.json", prelude, options)
     assert done.returncode == 1 and message in done.stderr
     assert not list(tmp_path.iterdir())
 

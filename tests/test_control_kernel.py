@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe_gpu import AdaptiveBonus, HitRateTarget, QualityTarget
-from moe_gpu.kernels import layout
 from moe_gpu.kernels import launch as launch_module
+from moe_gpu.kernels import layout
 from moe_gpu.kernels.control_ref import Call, adapt_ref, strength_in_force
 from moe_gpu.kernels.route import route
 from moe_gpu.kernels.route_ref import AffinityFrom, Rule, route_ref, select_ref

@@ -1,6 +1,7 @@
 """What installs: moe_gpu and nothing else, from a wheel and from an editable tree."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -27,7 +28,8 @@ SHOW = "import moe_gpu, moe_gpu.kernels.route as r; print(moe_gpu.__file__, r.__
 
 
 def run(*command, cwd):
-    child = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    child = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
     assert child.returncode == 0, f"{command}\n{child.stdout}\n{child.stderr}"
     return child.stdout
 
