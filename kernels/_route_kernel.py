@@ -79,6 +79,9 @@ def _load_tile(
     mask_te = (offs_t < T)[:, None] & (offs_e < E)[None, :]
     rows_t1 = offs_t.to(tl.int64)[:, None]
     ptrs = logits_ptr + rows_t1 * stride_lt + offs_e[None, :].to(tl.int64) * stride_le
+    if offs_e.shape[0] > 128:
+        # four columns a thread, as in the state's vectors: or rows change layout to meet them
+        ptrs = tl.max_contiguous(ptrs, [1, 4])
     return tl.load(ptrs, mask=mask_te, other=0.0)
 
 

@@ -149,6 +149,13 @@ def everything() -> list[tuple[str, int]]:
 
 def compile_variant(variant: Variant, target: str) -> dict:
     """Compile one variant; return registers, spills (bytes on CUDA, registers on AMD), warps."""
+    binary, num_warps = compile_binary(variant, target)
+    usage = _cuda_usage if TARGETS[target][0] == "cuda" else _amd_usage
+    return usage(binary) | {"warps": num_warps}
+
+
+def compile_binary(variant: Variant, target: str):
+    """Compile one variant; return Triton's compiled kernel and its warps."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -202,8 +209,7 @@ def compile_variant(variant: Variant, target: str) -> dict:
         target=GPUTarget(backend, arch, warp),
         options=launch_options(num_warps, hip=backend == "hip"),
     )
-    usage = _cuda_usage if backend == "cuda" else _amd_usage
-    return usage(binary) | {"warps": num_warps}
+    return binary, num_warps
 
 
 def _cuda_usage(binary) -> dict:
