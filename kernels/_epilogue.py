@@ -20,6 +20,10 @@ _MOVED_MASS = tl.constexpr(layout.MOVED_MASS)
 _PADDED = tl.constexpr(layout.PADDED)
 _NUM_COUNTERS = tl.constexpr(layout.NUM_COUNTERS)
 _MOVED_MASS_ONE = tl.constexpr(layout.MOVED_MASS_ONE)
+# Aging of route_ref.py; constexpr here because a kernel cannot read an enum
+STEPS = tl.constexpr(0)
+LAST = tl.constexpr(1)
+SUM = tl.constexpr(2)
 _NONE = tl.constexpr(layout.PRIORITY_NONE)
 _URGENT = tl.constexpr(layout.PRIORITY_URGENT)
 _BACKGROUND = tl.constexpr(layout.PRIORITY_BACKGROUND)
@@ -37,6 +41,40 @@ def moved_units_of(moved_t):
 def age_once(affinity_e, chosen_e, decay, boost, max_score):
     """Age by one token."""
     return tl.minimum(affinity_e * decay + tl.where(chosen_e, boost, 0.0), max_score)
+
+
+@triton.jit
+def power(base, exponent, largest):
+    """``base ** exponent`` for exponents up to ``largest``, as the definition squares."""
+    # squares in float64: in float32 each would double the error of the one before
+    square = tl.cast(tl.cast(base, tl.float32), tl.float64)
+    result = tl.cast(exponent * 0 + 1, tl.float32)
+    bit = 0
+    while (largest >> bit) > 0:
+        factor = tl.cast(square, tl.float32)
+        result = tl.where(((exponent >> bit) & 1) == 1, result * factor, result)
+        square = square * square
+        bit += 1
+    return result
+
+
+@triton.jit
+def aged_part(age_t, window, tokens, decay, units):
+    """What a choice of this age adds to the sum of Aging.SUM, in its units."""
+    part_t = power(decay, tl.minimum(age_t, window), tl.minimum(tokens, window)) * units + 0.5
+    return tl.where((age_t >= 0) & (age_t < window), part_t.to(tl.int32), 0)
+
+
+@triton.jit
+def age_by(affinity_e, found_e, tokens, window, decay, max_score, unit, AGING: tl.constexpr):
+    """Age by all tokens of a call, of which ``found_e`` says the last choice, plus 1, or the sum."""
+    n = tl.minimum(tokens, window)
+    if AGING == LAST:
+        top_e = tl.where(found_e > 0, max_score, affinity_e)
+        aged_e = top_e * power(decay, tl.minimum(tokens - found_e, window), n)
+    else:
+        aged_e = affinity_e * power(decay, n, n) + found_e.to(tl.float32) * unit
+    return tl.minimum(aged_e, max_score)
 
 
 @triton.jit

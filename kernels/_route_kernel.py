@@ -3,11 +3,12 @@
 Each program routes tiles of BLOCK_T rows and adds what they chose, per expert, to vectors of
 its own. A call of one tile finishes from those vectors. In a larger call every program adds
 them to the scratch with relaxed integer atomics, takes a ticket, and the last one finishes and
-leaves the scratch zero. Integer sums and bit sets commute, and affinity is aged in token order
-from the bit sets, so the results do not depend on the grid, the tile or the timing.
+leaves the scratch zero. Integer sums, maxima and bit sets commute, and affinity is aged from them, so
+the results do not depend on the grid, the tile or the timing.
 
 Scratch, int32: ticket, unavoidable misses, moved mass (an int64), then per expert the executed
-count, the swapped-away count, and one word per CHUNK of 32 tokens whose bit t says that token t
+count, the swapped-away count, and a word that ages the affinity: its last choice, or the sum of its
+choices (Aging). With Aging.STEPS there is one per CHUNK of 32 tokens, whose bit t says that token t
 chose the expert.
 """
 
@@ -16,7 +17,18 @@ import triton.language as tl
 
 from . import layout
 from ._control import adapt, strength_in_force
-from ._epilogue import age, age_once, count_activations, finish, moved_units_of
+from ._epilogue import (
+    LAST,
+    STEPS,
+    SUM,
+    age,
+    age_by,
+    age_once,
+    aged_part,
+    count_activations,
+    finish,
+    moved_units_of,
+)
 from ._keys import (
     FLOAT32_MAX,
     NONFINITE,
@@ -252,6 +264,19 @@ def _aging_choice(demand_te, executed_te, AFFINITY_FROM: tl.constexpr):
     return chosen_te
 
 
+@triton.jit
+def _found(
+    chosen_te, block, num_valid, window, decay, units, AGING: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """What the rows of a tile add to what :func:`age_by` takes: numbers from 1, or parts of the sum."""
+    offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    if AGING == LAST:
+        found_t = offs_t + 1
+    else:
+        found_t = aged_part(num_valid - 1 - offs_t, window, num_valid, decay, units)
+    return tl.where(chosen_te, found_t[:, None], 0)
+
+
 @triton.jit(do_not_specialize=["T", "layer", "window"])
 def route_kernel(
     logits_ptr, stride_lt, stride_le,  # (T, E) in, any float dtype
@@ -267,6 +292,7 @@ def route_kernel(
     meters_ptr,                        # (L, M) int64 in and out, or None
     T, layer, window,
     decay, boost, max_score,
+    units, unit,                 # of a choice in the sum of Aging.SUM, and what one is
     scaling_factor, softcap,
     far_eps,                     # sparsemixer: relative distance beyond which an expert is left out
     E: tl.constexpr,
@@ -281,6 +307,7 @@ def route_kernel(
     GROUP_SCORE: tl.constexpr,   # GroupScore
     BLOCK_G: tl.constexpr,       # next power of two >= NUM_GROUPS, <= 32
     AFFINITY_FROM: tl.constexpr, # AffinityFrom
+    AGING: tl.constexpr,         # Aging
     CONTROL: tl.constexpr,       # adapt the strength; not with EXACT
     METERS: tl.constexpr,        # measure what swaps change; not with EXACT
     CONTIGUOUS: tl.constexpr,    # logits and outputs: the strides follow from E and K
@@ -342,16 +369,23 @@ def route_kernel(
             NUM_GROUPS, TOP_GROUPS, GROUP_SCORE, BLOCK_G, CONTROL, METERS, BLOCK_T, BLOCK_K, ONE_TILE,
         )  # fmt: skip
         chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
-        bit_t = 1 << tl.arange(0, BLOCK_T)
-        word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
         executed_e = tl.sum(executed_te.to(tl.int32), axis=0)
         if BLOCK_T > 1:
             count_activations(activations_ptr, executed_e, offs_e, E)
         if BLOCK_T == 1:
-            aged_e = age_once(affinity_e, word_e == 1, decay, boost, max_score)
+            chosen_e = tl.max(chosen_te.to(tl.int32), axis=0) == 1
+            aged_e = age_once(affinity_e, chosen_e, decay, boost, max_score)
             affinity_e = tl.where(num_valid > 0, aged_e, affinity_e)
-        else:
+        elif AGING == STEPS:
+            bit_t = 1 << tl.arange(0, BLOCK_T)
+            word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
             affinity_e = age(affinity_e, word_e, num_valid, decay, boost, max_score)
+        else:
+            found_te = _found(chosen_te, 0, num_valid, window, decay, units, AGING, BLOCK_T)
+            found_e = tl.max(found_te, axis=0) if AGING == LAST else tl.sum(found_te, axis=0)
+            affinity_e = age_by(
+                affinity_e, found_e, num_valid, window, decay, max_score, unit, AGING
+            )
         moved_units = moved_units_of(moved_t)
         misses = finish(
             affinity_ptr, counters_ptr, record_ptr,
@@ -373,6 +407,7 @@ def route_kernel(
         words_ptr = scratch_ptr + SCRATCH_HEADER + 2 * E
         # summed over rows once, at the end: that crosses threads
         executed_sum_te = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+        found_sum_te = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
         swapped_sum_te = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
         moved_units = tl.zeros([1], tl.int64)
         unavoidable_sum = tl.zeros([1], tl.int32)
@@ -398,15 +433,29 @@ def route_kernel(
                 meters_m += added_m
             chosen_te = _aging_choice(demand_te, executed_te, AFFINITY_FROM)
             chunk = block * BLOCK_T // CHUNK
-            if chunk >= first_chunk:
-                bit_t = 1 << ((block * BLOCK_T + tl.arange(0, BLOCK_T)) % CHUNK)
-                word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
-                ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
-                tl.atomic_or(ptrs, word_e, mask=mask_e & (word_e != 0), sem="relaxed")
+            if AGING == LAST:
+                found_te = _found(chosen_te, block, num_valid, window, decay, units, AGING, BLOCK_T)
+                found_sum_te = tl.maximum(found_sum_te, found_te)
+            elif chunk >= first_chunk:
+                if AGING == SUM:
+                    found_sum_te += _found(
+                        chosen_te, block, num_valid, window, decay, units, AGING, BLOCK_T
+                    )
+                else:
+                    bit_t = 1 << ((block * BLOCK_T + tl.arange(0, BLOCK_T)) % CHUNK)
+                    word_e = tl.sum(tl.where(chosen_te, bit_t[:, None], 0), axis=0)
+                    ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
+                    tl.atomic_or(ptrs, word_e, mask=mask_e & (word_e != 0), sem="relaxed")
 
         executed_e = tl.sum(executed_sum_te, axis=0)
         some_e = mask_e & (executed_e > 0)
         tl.atomic_add(executed_ptr, executed_e, mask=some_e, sem="relaxed")
+        if AGING == LAST:
+            found_e = tl.max(found_sum_te, axis=0)
+            tl.atomic_max(words_ptr + offs_e, found_e, mask=mask_e & (found_e > 0), sem="relaxed")
+        if AGING == SUM:
+            found_e = tl.sum(found_sum_te, axis=0)
+            tl.atomic_add(words_ptr + offs_e, found_e, mask=mask_e & (found_e > 0), sem="relaxed")
         if RULE != EXACT:
             swapped_e = tl.sum(swapped_sum_te, axis=0)
             gone_e = mask_e & (swapped_e > 0)
@@ -430,13 +479,19 @@ def route_kernel(
             if RULE != EXACT:
                 swapped_e = tl.load(executed_ptr + E, mask=mask_e, other=0, cache_modifier=".cg")
             affinity_e = tl.load(affinity_ptr + offs_e, mask=mask_e, other=0.0)
-            chunk = first_chunk
-            while chunk * CHUNK < num_valid:
-                ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
-                word_e = tl.load(ptrs, mask=mask_e, other=0, cache_modifier=".cg")
-                tokens = tl.minimum(num_valid - chunk * CHUNK, CHUNK)
-                affinity_e = age(affinity_e, word_e, tokens, decay, boost, max_score)
-                chunk += 1
+            if AGING == STEPS:
+                chunk = first_chunk
+                while chunk * CHUNK < num_valid:
+                    ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
+                    word_e = tl.load(ptrs, mask=mask_e, other=0, cache_modifier=".cg")
+                    tokens = tl.minimum(num_valid - chunk * CHUNK, CHUNK)
+                    affinity_e = age(affinity_e, word_e, tokens, decay, boost, max_score)
+                    chunk += 1
+            else:
+                found_e = tl.load(words_ptr + offs_e, mask=mask_e, other=0, cache_modifier=".cg")
+                affinity_e = age_by(
+                    affinity_e, found_e, num_valid, window, decay, max_score, unit, AGING
+                )
             if CONTROL:
                 unavoidable = tl.sum(tl.load(unavoidable_ptr, cache_modifier=".cg"), axis=0)
                 moved_sum = tl.sum(tl.load(moved_sum_ptr, cache_modifier=".cg"), axis=0)
@@ -460,7 +515,10 @@ def route_kernel(
                     control_ptr, control_state_ptr, strength_ptr + layer,
                     num_valid, residents, misses, moved_sum, unavoidable, K,
                 )  # fmt: skip
-            while chunk > first_chunk:
-                chunk -= 1
-                ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
-                tl.store(ptrs, zero_e, mask=mask_e)
+            if AGING == STEPS:
+                while chunk > first_chunk:
+                    chunk -= 1
+                    ptrs = words_ptr + (chunk - first_chunk).to(tl.int64) * E + offs_e
+                    tl.store(ptrs, zero_e, mask=mask_e)
+            else:
+                tl.store(words_ptr + offs_e, zero_e, mask=mask_e)

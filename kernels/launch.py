@@ -15,7 +15,7 @@ from triton.runtime import driver
 
 from . import layout
 from ._route_kernel import route_kernel
-from .route_ref import affinity_window
+from .route_ref import affinity_window, aging_of, units_of
 
 PROGRAMS_PER_PROCESSOR = (
     16  # beyond it programs take several tiles each: fewer atomics on the same words
@@ -76,6 +76,7 @@ def launch(
     T, E = logits_TE.shape
     tile = BLOCK_T, BLOCK_E, num_warps = tile_of(T, E, top_k)
     device = logits_TE.device
+    aging = int(aging_of(decay, boost, max_score))
     programs = min(-(-T // BLOCK_T), most_programs(device))
     contiguous = logits_TE.is_contiguous() and weights_TK.is_contiguous() and ids_TK.is_contiguous()
     strides = (0, 0, 0, 0)  # those of contiguous tensors follow from E and K
@@ -90,13 +91,14 @@ def launch(
         weights_TK, strides[2], ids_TK, strides[3],
         affinity_LE, activations_LE, counters_LC, record_LR, scratch,
         control_LP, control_state_LS, meters_LM,
-        T, layer, affinity_window(decay), decay, boost, max_score, scaling_factor, softcap, 2 * jitter_eps,
+        T, layer, affinity_window(decay), decay, boost, max_score, *units_of(decay, boost),
+        scaling_factor, softcap, 2 * jitter_eps,
     )  # fmt: skip
     kind = (
         device, logits_TE.dtype, weights_TK.dtype, ids_TK.dtype, num_valid is None,
         None if bias_E is None else bias_E.dtype, control_LP is None, meters_LM is None,
         E, top_k, rule, protect, renormalize, affinity_from, score, num_groups, top_groups,
-        group_score, softcap > 0, tile, T <= BLOCK_T,
+        group_score, softcap > 0, tile, T <= BLOCK_T, aging,
     )  # fmt: skip
     known = _compiled.get(kind)
     is_plain = contiguous and _is_plain(tensors)
@@ -113,7 +115,7 @@ def launch(
         "E": E, "K": top_k, "J": protect, "RULE": rule, "SCORE": score,
         "RENORMALIZE": renormalize, "CAPPED": softcap > 0,
         "NUM_GROUPS": num_groups, "TOP_GROUPS": top_groups, "GROUP_SCORE": group_score,
-        "BLOCK_G": triton.next_power_of_2(num_groups), "AFFINITY_FROM": affinity_from,
+        "BLOCK_G": triton.next_power_of_2(num_groups), "AFFINITY_FROM": affinity_from, "AGING": aging,
         "CONTROL": control_LP is not None, "METERS": meters_LM is not None,
         "CONTIGUOUS": contiguous, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E,
         "BLOCK_K": columns_of(BLOCK_T, top_k), "ONE_TILE": T <= BLOCK_T,

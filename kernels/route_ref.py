@@ -67,6 +67,24 @@ class AffinityFrom(enum.IntEnum):
     SERVED = 2  # demanded and executed: what was not cheap enough to swap away
 
 
+class Aging(enum.IntEnum):
+    """How a call of several tokens ages the affinity; what one by one would leave, to rounding."""
+
+    STEPS = 0  # token by token
+    # a choice alone reaches max_score, so what was before it does not matter: only the last counts
+    LAST = 1
+    # no choice reaches it, so nothing is clamped on the way: a sum, of integers, which has the same
+    # bits in every order
+    SUM = 2
+
+
+def aging_of(decay: float, boost: float, max_score: float) -> Aging:
+    """Return the cheapest way of aging that the constants allow."""
+    if boost >= max_score:
+        return Aging.LAST
+    return Aging.SUM if boost <= max_score * (1.0 - decay) else Aging.STEPS
+
+
 class Selection(NamedTuple):
     """Who is wanted and who is executed, for T tokens."""
 
@@ -214,14 +232,57 @@ def first_aged_token(num_valid: int, window: int) -> int:
     return max(0, num_valid - window) // layout.CHUNK * layout.CHUNK
 
 
+def units_of(decay: float, boost: float) -> tuple[float, float]:
+    """Return a choice's units in the sum of :attr:`Aging.SUM`, and what a unit is.
+
+    No sum exceeds ``boost / (1 - decay)``, which is 2**30 units and so fits an int32.
+    """
+    units = (1.0 - decay) * (1 << 30)
+    return units, boost / units if units > 0 else 0.0
+
+
+def float32(value: float) -> torch.Tensor:
+    """Return a number as the kernel receives it."""
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _power(base: float, exponent: torch.Tensor, largest: int) -> torch.Tensor:
+    """``base ** exponent``, by squaring from the lowest bit up: the same bits everywhere."""
+    # squares in float64: in float32 each would double the error of the one before
+    square, result = float32(base).double(), torch.ones(exponent.shape)
+    for bit in range(largest.bit_length()):
+        result = torch.where((exponent >> bit) & 1 == 1, result * square.float(), result)
+        square = square * square
+    return result
+
+
 def age_affinity_ref(
     affinity_E: torch.Tensor,
     chosen_TE: torch.Tensor,
     decay: float,
     boost: float,
     max_score: float,
+    aging: Aging = Aging.STEPS,
 ) -> torch.Tensor:
     """Age ``affinity_E`` (float32) by the choices of T tokens (bool); step 4."""
+    T, window = len(chosen_TE), affinity_window(decay)
+    if aging != Aging.STEPS:
+        n = min(T, window)
+        ages_T = torch.arange(T - 1, -1, -1)
+        if aging == Aging.LAST:
+            numbers_T1 = torch.arange(1, T + 1)[:, None]
+            none_1E = torch.zeros(1, len(affinity_E), dtype=torch.int64)
+            last_E = torch.cat([none_1E, torch.where(chosen_TE, numbers_T1, 0)]).amax(0)
+            top_E = torch.where(last_E > 0, float32(max_score), affinity_E)
+            affinity_E = top_E * _power(decay, (T - last_E).clamp(max=window), n)
+        else:
+            units, unit = map(float32, units_of(decay, boost))
+            part_T = _power(decay, ages_T.clamp(max=window), n) * units
+            units_T = torch.where(ages_T < window, (part_T + 0.5).int(), 0)
+            units_E = torch.where(chosen_TE, units_T[:, None], 0).sum(0)
+            affinity_E = affinity_E * _power(decay, torch.tensor(n), n) + units_E.float() * unit
+        return affinity_E.clamp(max=max_score)
+    chosen_TE = chosen_TE[first_aged_token(T, window) :]
     boost_TE = torch.where(chosen_TE, torch.tensor(boost, dtype=torch.float32), 0.0)
     for boost_E in boost_TE:
         affinity_E = (affinity_E * decay + boost_E).clamp(max=max_score)
@@ -264,14 +325,15 @@ def route_ref(
     swapped_E = (demand_TE & ~executed_TE).sum(0)
     missing_E = ~resident_E
 
-    start = first_aged_token(valid, affinity_window(decay))
     chosen_TE = {
         AffinityFrom.EXECUTED: executed_TE,
         AffinityFrom.DEMAND: demand_TE,
         AffinityFrom.SERVED: demand_TE & executed_TE,
     }[affinity_from]
+    # one token takes one step whatever the constants
+    aging = Aging.STEPS if len(logits_TE) == 1 else aging_of(decay, boost, max_score)
     affinity_E = age_affinity_ref(
-        state.affinity_LE[layer], chosen_TE[start:], decay, boost, max_score
+        state.affinity_LE[layer], chosen_TE, decay, boost, max_score, aging
     )
     state.affinity_LE[layer] = affinity_E
     state.activations_LE[layer] += executed_E

@@ -26,6 +26,7 @@ TARGETS = {
 EXACT, BONUS, RANGE_BONUS, MASS, OUTPUT = range(5)
 EXECUTED, DEMAND, SERVED = range(3)
 SOFTMAX, SIGMOID, SPARSEMIXER = range(3)
+STEPS, LAST, SUM = range(3)  # the second is the gate's default, the third that of attach
 TOP2_SUM, MAX = range(2)
 
 
@@ -41,6 +42,7 @@ class Variant:
     dtype: str = "bf16"
     renormalize: bool = True
     affinity_from: int = SERVED
+    aging: int = SUM
     num_valid: bool = False
     ids: str = "i64"
     weights: str = "fp32"
@@ -92,6 +94,7 @@ VARIANTS = [
     Variant(8, 2, 1, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 64, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 1, ids="i32", weights="bf16"),
+    *[Variant(E, K, 64, aging=aging) for E, K in [(8, 2), (128, 8)] for aging in (STEPS, LAST)],
 ]
 
 
@@ -170,7 +173,7 @@ def compile_binary(variant: Variant, target: str):
         "SCORE": v.score, "RENORMALIZE": v.renormalize, "CAPPED": v.softcap,
         "NUM_GROUPS": v.groups[0], "TOP_GROUPS": v.groups[1], "GROUP_SCORE": v.groups[2], "BLOCK_G": triton.next_power_of_2(v.groups[0]),
         **({} if v.bias else {"bias_ptr": None}),
-        "AFFINITY_FROM": v.affinity_from,
+        "AFFINITY_FROM": v.affinity_from, "AGING": v.aging,
         "CONTROL": v.control, "METERS": v.meters,
         **({} if v.control else {"control_ptr": None, "control_state_ptr": None}),
         **({} if v.meters else {"meters_ptr": None}),
@@ -188,7 +191,7 @@ def compile_binary(variant: Variant, target: str):
         "counters_ptr": "*i64", "record_ptr": "*i32", "scratch_ptr": "*i32",
         "control_ptr": "*fp32", "control_state_ptr": "*fp32", "meters_ptr": "*i64",
         "T": "i32", "layer": "i32", "window": "i32",
-        "decay": "fp32", "boost": "fp32", "max_score": "fp32",
+        "decay": "fp32", "boost": "fp32", "max_score": "fp32", "units": "fp32", "unit": "fp32",
         "scaling_factor": "fp32", "softcap": "fp32", "far_eps": "fp32",
     }  # fmt: skip
     signature = {

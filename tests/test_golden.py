@@ -46,7 +46,7 @@ def by_reference(logits_TE, state, *, top_k, **rules):
     return out
 
 
-def check(state, ids_TK, steps, E):
+def check(state, ids_TK, steps, E, within=0.0):
     """Compare one call with the steps it covered."""
     for row, step in zip(ids_TK.tolist(), steps, strict=True):
         assert sorted(row) == sorted(step["selected"])
@@ -54,8 +54,8 @@ def check(state, ids_TK, steps, E):
     assert state.activations_LE[0].tolist() == last["activations"]
     counters = state.counters_LC[0].tolist()
     assert counters[layout.HITS] == last["hits"] and counters[layout.MISSES] == last["misses"]
-    # the recording rounds as we do: decay, then boost
-    assert state.affinity_LE[0].tolist() == last["affinity"]
+    # one token rounds as the recording does: decay, then boost
+    assert state.affinity_LE[0].tolist() == pytest.approx(last["affinity"], abs=within, rel=0)
     executed_E = state.record_LR[0, layout.RECORD_HEADER :][:E]
     missing = state.slot_of_LE[0] < 0
     requested = ((executed_E > 0) & missing).nonzero().flatten().tolist()
@@ -91,5 +91,5 @@ def test_runs_of_equal_residency_as_batches(scenario, device):
         set_resident(state, steps[start]["resident"])
         rows = [step["logits"] for step in steps[start:end]]
         _, ids = route(torch.tensor(rows, dtype=torch.float32, device=device), state, 0, **rules)
-        check(state, ids, steps[start:end], E)
+        check(state, ids, steps[start:end], E, within=2e-6 * max(1.0, rules["max_score"]))
         start = end

@@ -165,10 +165,10 @@ def test_non_finite_scores_share_nothing(K, device):
 
 @pytest.mark.parametrize(
     "decay, boost, max_score, renormalize",
-    [(0.99, 1.0, 1.0, True), (0.9, 0.3, 2.0, False), (1, 1, 9, True)],
+    [(0.99, 1.0, 1.0, True), (0.9, 0.3, 2.0, False), (1, 1, 9, True), (0.98, 0.02, 1.0, True)],
 )
 def test_batch_equals_sequence(decay, boost, max_score, renormalize, device):
-    """T tokens at once leave the state that T calls leave, bit for bit within the window."""
+    """T tokens at once leave the state that T calls leave, the affinity to rounding."""
     logits_TE = torch.randn(75, 8, device=device)
     rules = {"decay": decay, "boost": boost, "max_score": max_score}
     rules |= {

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from moe_gpu.kernels.route_ref import (
+    Aging,
     Rule,
     affinity_window,
     age_affinity_ref,
+    aging_of,
     first_aged_token,
     select_ref,
 )
@@ -193,3 +195,50 @@ def test_affinity_window_forgets_below_float32(decay, window):
 @pytest.mark.parametrize("valid, window, first", [(10, 25, 0), (64, 25, 32), (100, 1, 96)])
 def test_first_aged_token_is_a_chunk_boundary(valid, window, first):
     assert first_aged_token(valid, window) == first
+
+
+@pytest.mark.parametrize(
+    "decay, boost, max_score, aging",
+    [
+        (0.99, 1.0, 1.0, Aging.LAST),  # the gate's defaults
+        (0.98, 0.02, 1.0, Aging.SUM),  # those of attach
+        (0.5, 2.0, 1.0, Aging.LAST), (0.0, 0.5, 1.0, Aging.SUM), (0.0, 1.0, 1.0, Aging.LAST),
+        (1.0, 0.5, 1.0, Aging.STEPS), (1.0, 0.0, 1.0, Aging.SUM), (0.9, 0.3, 1.0, Aging.STEPS),
+    ],
+)  # fmt: skip
+def test_the_cheapest_way_of_aging(decay, boost, max_score, aging):
+    assert aging_of(decay, boost, max_score) == aging
+
+
+def test_the_last_choice_is_all_that_counts_where_one_reaches_the_top():
+    chosen = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    got = age_affinity_ref(torch.tensor([0.5, 0.5, 0.5]), chosen, 0.5, 4.0, 2.0, Aging.LAST)
+    assert got.tolist() == [1.0, 0.5, 0.0625]  # 2 / 2, 2 / 4, never: 0.5 / 8
+
+
+def test_a_sum_of_choices():
+    chosen = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    got = age_affinity_ref(torch.tensor([0.5, 0.5, 0.5]), chosen, 0.5, 0.25, 1.0, Aging.SUM)
+    # 0.5 / 8, and a quarter of a quarter for the oldest token, half of one for the next
+    assert got.tolist() == [0.0625 + 0.0625 + 0.125, 0.0625 + 0.0625, 0.0625]
+
+
+@pytest.mark.parametrize("T", [1, 2, 33, 4096])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1.0])
+@pytest.mark.parametrize("max_score", [1.0, 30.0])
+def test_every_way_of_aging_leaves_what_one_by_one_leaves(T, decay, max_score):
+    """Within 2e-6 of what a sequence of calls leaves, worked out in float64."""
+    generator = torch.Generator().manual_seed(T)
+    share_E = torch.tensor([0.0, 0.001, 0.01, 0.1, 0.5, 1.0])
+    chosen_TE = torch.rand(T, 6, generator=generator) < share_E
+    start_E = max_score * torch.rand(6, generator=generator)
+    decay32 = float(torch.tensor(decay))
+    for boost in (max_score, 3.0 * max_score, 0.7 * max_score * (1.0 - decay)):
+        aging = aging_of(decay, boost, max_score)
+        assert aging != Aging.STEPS
+        want_E = start_E.double()
+        for chosen_E in chosen_TE:
+            want_E = (want_E * decay32 + boost * chosen_E).clamp(max=max_score)
+        got_E = age_affinity_ref(start_E, chosen_TE, decay, boost, max_score, aging)
+        assert got_E.dtype == torch.float32
+        torch.testing.assert_close(got_E.double(), want_E, atol=2e-6 * max_score, rtol=0)
