@@ -4,26 +4,27 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-import host_cost
-
 pytest.importorskip("triton")
 from moe_gpu.kernels.launch import columns_of, tile_of  # noqa: E402
 
+PROFILING = Path(__file__).parents[1] / "profiling"
 # bytecode instructions of one call, Python 3.11 to 3.14: some more than were counted
 MOST_INSTRUCTIONS = 1300
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("host") / "host.json"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, host_cost.__file__]
+    command = [sys.executable, PROFILING / "host_cost.py", "--out", out]
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert child.returncode == 0, child.stderr[-4000:]
-    return json.loads(child.stdout.splitlines()[-1])
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def test_a_second_call_launches_what_the_first_did(found):
@@ -39,7 +40,7 @@ def test_host_cost_of_a_call(found):
     assert found["instructions"] <= MOST_INSTRUCTIONS
     assert found["instructions_without_out"] <= MOST_INSTRUCTIONS
     # ratios of one run: about 6.5 and 7 where this was written, so only a blunder fails
-    assert found["past_us"] <= 20 * found["topk_us"], found
+    assert found["past_us"] <= 25 * found["topk_us"], found
     assert found["past_us"] <= found["front_us"] / 2, found
 
 

@@ -1,17 +1,27 @@
-"""What a route call costs the host on a machine without a GPU: all of it but the driver's launch.
+"""What a route call costs the host: all of it but the driver's own launch. Needs no GPU.
 
-Run as a script with TRITON_INTERPRET unset. A stand-in for Triton's CUDA driver compiles for a GPU
-that is not there and records launches; tensors are on the CPU. Prints one JSON line.
+Usage:
+    python profiling/host_cost.py
+
+A stand-in for Triton's CUDA driver compiles for a GPU that is not there and records what is launched;
+tensors are on the CPU. So Python, checks, allocations and Triton's part of a launch are as on a GPU,
+and what ``cuLaunchKernel`` and the launcher in C around it take is left out. Writes
+``profiling/results/host.json`` and ``.md``, and says whether a launch past Triton's front door
+(:mod:`moe_gpu.kernels.launch`) is the one that goes through it.
 """
 
+import argparse
 import json
-import statistics
+import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+import _bench as bench
 
 
 class Launches:
@@ -23,6 +33,7 @@ class Launches:
         self.constant_paths = set(source.constants)
 
     def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, exit_, *args):
+        """Record a launch."""
         Launches.calls.append(((x, y, z), stream, function, metadata, args, self.constant_paths))
 
 
@@ -32,19 +43,25 @@ class Driver:
     launcher_cls = Launches
 
     class utils:
+        """Loads nothing."""
+
         load_binary = staticmethod(lambda *args: (1, 2, 32, 0, 1024))
         get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
 
     def get_current_device(self):
+        """No index."""
         return None
 
     def get_current_stream(self, device):
+        """Any handle."""
         return 7
 
     def get_current_target(self):
+        """What to compile for."""
         return GPUTarget("cuda", 90, 32)
 
     def map_python_to_cpp_type(self, name):
+        """Unused by this launcher."""
         return name
 
 
@@ -66,15 +83,15 @@ def python_instructions(work) -> int:
     return count
 
 
-def median_us(work, calls: int = 300, rounds: int = 5) -> float:
-    """Return the median over rounds of the mean time of a call."""
+def least_us(work, calls: int = 200, rounds: int = 20) -> float:
+    """Return the mean time of a call in the least disturbed round."""
     took = []
     for _ in range(rounds):
         start_s = time.perf_counter()
         for _ in range(calls):
             work()
         took.append((time.perf_counter() - start_s) / calls * 1e6)
-    return statistics.median(took)
+    return min(took)
 
 
 def same(a, b) -> bool:
@@ -85,8 +102,8 @@ def same(a, b) -> bool:
     return all(x is y or (type(x) is type(y) and x == y) for x, y in pairs)
 
 
-def main() -> None:
-    """Compare a launch through Triton's front door with one past it, and count."""
+def measure() -> dict:
+    """Compare a launch through Triton's front door with one past it, count and time."""
     driver.set_active(Driver())
     import moe_gpu
     from moe_gpu.kernels import launch, route
@@ -115,8 +132,8 @@ def main() -> None:
         known = dict(launch._compiled)
         launch._compiled.clear()
         found["same_again"] = same(front, launched(lambda: gate.route(logits_TE, out=out)))
-        found["front_us"] = median_us(
-            lambda: (launch._compiled.clear(), gate.route(logits_TE, out=out)), 60
+        found["front_us"] = least_us(
+            lambda: (launch._compiled.clear(), gate.route(logits_TE, out=out)), 40
         )
         launch._compiled.update(known)
 
@@ -132,10 +149,47 @@ def main() -> None:
         work = lambda: gate.route(logits_TE, out=out)  # noqa: E731
         found["instructions"] = python_instructions(work)
         found["instructions_without_out"] = python_instructions(lambda: gate.route(logits_TE))
-        found["past_us"] = median_us(work)
-        found["topk_us"] = median_us(lambda: torch.topk(out[0], 2))
-    print(json.dumps(found))
+        found["past_us"] = least_us(work)
+        found["topk_us"] = least_us(lambda: torch.topk(out[0], 2))
+        found["without_out_us"] = least_us(lambda: gate.route(logits_TE))
+        found["outputs_us"] = least_us(
+            lambda: (torch.empty(1, K), torch.empty(1, K, dtype=torch.int64))
+        )
+    return found
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=bench.RESULTS / "host.json")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("the interpreter launches nothing: unset TRITON_INTERPRET")
+    conditions = bench.conditions(torch.device("cpu"))
+    found = measure()
+    rows = [
+        {"call": name, "us": found[key], "over torch.topk": found[key] / found["topk_us"]}
+        for name, key in (
+            ("gate.route(logits, out=...)", "past_us"),
+            ("gate.route(logits)", "without_out_us"),
+            ("gate.route(logits, out=...) through Triton's front door", "front_us"),
+            ("two torch.empty", "outputs_us"),
+            ("torch.topk of 6 numbers on the CPU", "topk_us"),
+        )
+    ]
+    text = "\n\n".join(
+        [
+            "# What a route call costs the host, less the driver's launch",
+            bench.table(rows),
+            f"Bytecode instructions of a call: {found['instructions']:,}, "
+            f"{found['instructions_without_out']:,} without out.",
+            f"Measured on: {bench.facts(conditions)}",
+        ]
+    )
+    print(text)
+    bench.write_whole(options.out, json.dumps({"conditions": conditions} | found, indent=1) + "\n")
+    bench.write_whole(options.out.with_suffix(".md"), text + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
