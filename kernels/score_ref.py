@@ -86,6 +86,8 @@ class ScoreRule:
     is_plain: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("scaling_factor", "softcap", "jitter_eps"):  # an int compiles another kernel
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.score == Score.SPARSEMIXER:
             object.__setattr__(self, "renormalize", False)
         own = [getattr(self, f.name) for f in fields(self) if f.init and f.name != "renormalize"]

@@ -232,6 +232,8 @@ def with_spread(values: Mapping[str, float] | None, places: int = 3) -> str:
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
     """Return rows as a Markdown table that is also aligned for a terminal."""
+    if not rows:
+        return f"{NOT_MEASURED.capitalize()}."
     heads = list(dict.fromkeys(head for row in rows for head in row))
     cells = [heads] + [[cell(row.get(head, "")) for head in heads] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]

@@ -91,6 +91,9 @@ def compiled(chain: Chain, device: torch.device) -> Route:
     compiler = ("g++", "clang++") if device.type == "cpu" else ("gcc", "clang", "cc")
     if not any(map(shutil.which, compiler)):
         raise Absent(f"torch.compile needs one of {', '.join(compiler)}")
+    from torch._inductor import config
+
+    config.compile_threads = 1  # a pool of compilers would share processors with what is measured
     return torch.compile(chain.__call__, dynamic=False)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 GRAPH_CALLS = 100  # at most, in one graph: what surrounds a replay is spread over so many
 ROUND_S = 4e-3  # of eager calls: so many are one round
+FEW_CALLS = 10
 CPU_FLUSH_BYTES = 64 << 20
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
@@ -126,7 +127,7 @@ class Replay:
         self.device, self._graph = device, None
         for call in calls:  # compiles, and allocates what stays
             call()
-        self.count = count or _calls_in(ROUND_S, elapsed_s(calls[0], device))
+        self.count = count or _calls_in(ROUND_S, _call_s(calls[0], device))
         self._calls = [calls[i % len(calls)] for i in range(self.count)]
         if device.type == "cuda":
             self._capture()
@@ -159,6 +160,19 @@ class Replay:
         self._end.record()
         torch.cuda.synchronize(self.device)
         return self._start.elapsed_time(self._end) * 1e-3 / self.count
+
+
+def _call_s(call: Callable[[], object], device: torch.device) -> float:
+    took_s = elapsed_s(call, device)
+    if device.type == "cpu" or took_s > ROUND_S:
+        return took_s
+
+    def some():
+        for _ in range(FEW_CALLS):
+            call()
+
+    # of a call alone, launching and waiting would be most of it
+    return elapsed_s(some, device) / FEW_CALLS
 
 
 def _calls_in(round_s: float, call_s: float) -> int:

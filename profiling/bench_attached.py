@@ -100,7 +100,7 @@ class Decoder:
         return self.model(self.prompt, use_cache=True).past_key_values
 
 
-def throughput(device: torch.device, quick: bool) -> dict:
+def throughput(device: torch.device, quick: bool, max_seconds: float) -> dict:
     """Time decode of a resident attached model and of the stock one."""
     sizes, scale = EIGHTH, "An eighth of the widths of Mixtral-8x7B"
     if device.type == "cuda":
@@ -142,7 +142,9 @@ def throughput(device: torch.device, quick: bool) -> dict:
             alternatives[f"generate(), {name}"] = lambda s=select, c=choice, d=decoder: s(
                 c, lambda d=d: bench.elapsed_s(d.generate, device)
             )
-        seconds = bench.interleave(alternatives, rounds, label="throughput")
+        seconds = bench.interleave(
+            alternatives, rounds, max_seconds=max_seconds, label="throughput"
+        )
         path = moe.metrics().route_path
 
     def over(name, stock_name):
@@ -277,15 +279,21 @@ def offloader_alone_s(moe, K: int, device: torch.device, count: int) -> list[flo
     return took_s[count // 4 :]  # the cache is as it stays by then
 
 
-def overhead(device: torch.device, quick: bool) -> list[dict]:
-    """Time what attaching adds to a step of one layer."""
+def overhead(device: torch.device, quick: bool, max_seconds: float) -> list[dict]:
+    """Time what attaching adds to a step of one layer, in as many cases as there is time for."""
     steps, rounds = (2, 3) if quick else (2, 250)
+    start_s = time.perf_counter()
     routers = ROUTERS[:1] if quick else ROUTERS
     # where all is resident no policy swaps; half resident, only Exact() has a result to check
     cases = [(1.0, "Exact()"), (1.0, "default"), (0.5, "Exact()")]
     rows = []
     alone = 40 if quick else 4000  # steps
+    if device.type == "cuda" and not quick:
+        alone = 400
     for (E, K), (resident, policy) in itertools.product(routers, cases):
+        left_s = max_seconds - (time.perf_counter() - start_s)
+        if left_s < 0:
+            break
         with tiny_pair(device, E, K, resident, POLICIES[policy], steps) as (stock, ours, moe):
             inside: list[tuple[float, float]] = []
 
@@ -298,8 +306,9 @@ def overhead(device: torch.device, quick: bool) -> list[dict]:
 
             moe.reset_metrics()
             seconds = bench.interleave(
-                {"stock": stock.time_s, "attached": attached}, rounds, label=f"{E} top-{K}"
-            )
+                {"stock": stock.time_s, "attached": attached}, rounds,
+                max_seconds=max_seconds / len(cases) / len(routers), label=f"{E} top-{K}",
+            )  # fmt: skip
             loads = moe.metrics().loads / (len(inside) * steps * LAYERS)
             moe.reset_metrics()
             alone_s = offloader_alone_s(moe, K, device, alone)
@@ -332,12 +341,15 @@ def overhead(device: torch.device, quick: bool) -> list[dict]:
 # -- 3. profile
 
 
-def profile(device: torch.device, quick: bool) -> list[dict]:
-    """Say which of our functions the Python time goes to."""
+def profile(device: torch.device, quick: bool, max_seconds: float) -> list[dict]:
+    """Say which of our functions the Python time goes to, in as many cases as there is time for."""
     steps = 4 if quick else 100
+    start_s = time.perf_counter()
     routers = ROUTERS[:1] if quick else (ROUTERS[0], ROUTERS[-1])
     cases = []
     for (E, K), resident in itertools.product(routers, (1.0, 0.5)):
+        if time.perf_counter() - start_s > max_seconds:
+            break
         with tiny_pair(device, E, K, resident, Exact(), steps) as (_, ours, _):
             ours.run()
             profiler = cProfile.Profile()
@@ -487,15 +499,23 @@ def report(content: dict) -> str:
 @torch.no_grad()
 def main() -> None:
     """Measure the three parts, print and write them."""
-    options, device, write = bench.arguments(__doc__, "attached")
+    options, device, write = bench.arguments(
+        __doc__, "attached",
+        max_seconds={"type": float, "default": 1e9, "help": "cases that begin later are left out"},
+    )  # fmt: skip
+    left_s = options.max_seconds
     content = {
         "conditions": bench.conditions(device, quick=options.quick or None),
         "clock": "wall time" if device.type == "cuda" else "CPU time of the thread",
         "tiny": ", ".join(f"{key} {value}" for key, value in TINY.items()),
-        "throughput": throughput(device, options.quick),
-        "overhead": overhead(device, options.quick),
-        "profile": profile(device, options.quick),
-    }
+        "throughput": throughput(device, options.quick, 0.3 * left_s),
+        "overhead": [], "profile": [],
+    }  # fmt: skip
+    try:
+        content["overhead"] = overhead(device, options.quick, 0.5 * left_s)
+        content["profile"] = profile(device, options.quick, 0.2 * left_s)
+    except KeyboardInterrupt:  # asked to end: with what there is
+        print("interrupted")
     text = report(content)
     print(text)
     write(content, text)

@@ -288,8 +288,8 @@ def dispatched(stock, text_T: torch.Tensor, device: torch.device) -> Alternative
     size = sum(p.nbytes for experts in offloaded for p in experts.parameters())
     dispatch(model, device)
     decoder = Counted(model, text_T[: PROMPT + FEW], device)
-    # all offloaded parameters at every forward, by construction: before and after the tokens
-    moved = itertools.cycle([0, size * FEW])
+    # all offloaded parameters at every forward, by construction: asked before and after the tokens
+    moved = itertools.count(0, size * FEW)
     decoder.count = lambda: Counts(next(moved))
     return Alternative(decoder, may_fail=True)
 
@@ -346,7 +346,7 @@ def decode(
         skipped |= check(runs)
         seconds = bench.interleave(
             {name: run.token_s for name, run in runs.items()},
-            rounds, max_seconds=max_seconds, label="decode",
+            rounds, warmup=0, max_seconds=max_seconds, label="decode",  # the check was the warm-up
         )  # fmt: skip
     rows = [row(name, seconds[name], runs[name]) for name in runs]
     return {
@@ -355,6 +355,7 @@ def decode(
         "decoded_tokens": tokens,
         "whole_layer_tokens": min(tokens, FEW),
         "prompt_tokens": PROMPT,
+        "stock_experts": stock.config._experts_implementation,
         "link_gbps": link,
         "rows": rows,
         "ratios": ratios(seconds),
@@ -481,7 +482,8 @@ def report(content: dict) -> str:
             f"Not measured: {skipped}." if skipped else "Nothing was left out.",
             f"{found['model']}, {found['dtype']}, random weights, batch 1, "
             f"{found['decoded_tokens']} tokens after an untimed prompt of "
-            f"{found['prompt_tokens']}; who moves whole layers, {found['whole_layer_tokens']}"
+            f"{found['prompt_tokens']}; who moves whole layers, {found['whole_layer_tokens']}; stock "
+            f"experts by {found['stock_experts']}, transformers' choice outside generate()"
             + (f"; a simulated link of {link:g} GB/s on the CPU." if link else "."),
             bench.table(lines),
             bench.table(times),

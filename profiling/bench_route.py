@@ -8,14 +8,15 @@ Usage:
     python profiling/bench_route.py --device cpu               # the reference path
 
 One factor varies at a time around a base case (``_route_cases``), every result is checked against
-the reference first, and a wrong one of ours ends the run; a peer that is wrong or cannot be had is
-listed with the reason and not timed. Clocks, all in microseconds per call:
+the reference first, and a wrong one of ours is not timed and fails the run; a peer that is wrong or
+cannot be had is listed with the reason and not timed. Clocks, all in microseconds per call:
 
 * *graph replay*: device time, many calls in one CUDA graph over rotating inputs, divided; its
   percentiles are of such means. Inputs stay in the second-level cache where they fit.
 * *cold*: device time of one call between two events after that cache was overwritten. Compare with
   the empty kernel's, which contains the events.
-* *eager*: the host's time per call, without waiting for the device.
+* *eager*: the host's time per call, without waiting for the device. Beside it an empty kernel,
+  called as ``kernel[grid](x)``, and launched directly as ours is, past Triton's look at arguments.
 * *latency*: the same with a wait for the device in every call.
 * *wall*: on the CPU, in place of the first two, one thread.
 
@@ -44,8 +45,9 @@ from _route_cases import Point
 from moe_gpu.kernels.route_ref import Rule
 
 OURS, EMPTY, CHAIN, COMPILED = "moe-gpu", "empty kernel", "PyTorch chain", "PyTorch chain, compiled"
+DIRECT = "empty kernel, launched directly"
 ROUTING_ONLY = ("routing only, our tile", "routing only, 256 columns", *peers.LIBRARIES)
-COMPILED_AT = set(itertools.product((1, 16384), ((8, 2), (128, 8))))  # a compilation takes seconds
+COMPILED_AT = ((1, (8, 2)), (1, (128, 8)), (16384, (128, 8)))  # T, router: it takes seconds each
 STAGES_AT = (1, 4, 16, 64, 4096)
 STAGE_ROUTERS = ((8, 2), (128, 8), (256, 8))
 WIDTHS = {(8, 2): 4096, (128, 8): 2048}  # D of a router with its projection, by E and K
@@ -67,6 +69,8 @@ class Effort:
     compiles: bool = True  # with torch.compile
 
 
+# what takes microseconds is repeated often enough in this time, and the grid is large
+ON_CUDA = Effort(round_seconds=0.4, sample_seconds=0.08, cold=30)
 QUICK = Effort(
     rounds=3, round_seconds=0.05, samples=10, sample_seconds=0.05, cold=3, compiles=False
 )
@@ -110,7 +114,7 @@ class Run:
     def attempt(self, what: object, measure: Callable[..., None], *arguments: object) -> None:
         """Measure unless time is up; what breaks does not take with it what was measured before.
 
-        A wrong result is no such thing: it ends the run.
+        Nor does a wrong result, which is not timed.
         """
         if self.seconds_left < 0:
             self.not_measured.append(f"{what}: out of time")
@@ -119,6 +123,9 @@ class Run:
             measure(self, *arguments)
         except torch.OutOfMemoryError:
             self.not_measured.append(f"{what}: out of memory")
+        except SystemExit as refusal:
+            print(refusal)
+            self.failed.append(str(refusal))
         except Exception as error:
             traceback.print_exc()
             self.failed.append(f"{what}: {type(error).__name__}: {error}"[:300])
@@ -198,12 +205,15 @@ def measure(run: Run, point: Point) -> None:
         if run.on_cuda and point.T * point.E * 2 <= bench.l2_bytes(run.device):
             run.cold(point, single)
         eager = {name: calls[name] for name in (OURS, EMPTY) if name in calls}
+        if run.on_cuda:
+            eager[DIRECT] = [direct(calls[EMPTY][0])]
         if CHAIN in calls:
             lists = make_chain(point, run.device, lists=True)
             eager[f"{CHAIN}, with nonzero"] = over(inputs, lists)
         medians = run.eager(point, eager)
-        if EMPTY in medians:
-            ratios["eager_over_launch"] = medians[OURS] / medians[EMPTY]
+        for key, name in (("eager_over_launch", DIRECT), ("eager_over_triton_call", EMPTY)):
+            if name in medians:
+                ratios[key] = medians[OURS] / medians[name]
     run.ratios.append(dataclasses.asdict(point) | ratios)
 
 
@@ -224,6 +234,13 @@ def own_kernels(run: Run, point: Point, inputs: list[torch.Tensor]) -> dict[str,
     return calls
 
 
+def direct(empty: functools.partial) -> Callable[[], None]:
+    """Return the same launch of the empty kernel, past Triton's front door."""
+    import _route_only as kernels
+
+    return kernels.direct_launch(*empty.args)
+
+
 def make_chain(point: Point, device: torch.device, lists: bool) -> peers.Chain:
     """Return PyTorch's chain for a point."""
     resident_E = torch.zeros(point.E, dtype=torch.bool)
@@ -238,8 +255,6 @@ def others(run: Run, point: Point, gate) -> dict:
     chain = make_chain(point, run.device, lists=False)
     routes, absent = peers.libraries(point.E, point.K, run.device, run.folder)
     run.absent |= absent
-    if (point.T, point.router) in COMPILED_AT and point.policy == "budget":
-        routes |= compiled_chain(run, point)
     return {CHAIN: chain} | routes
 
 
@@ -253,6 +268,21 @@ def compiled_chain(run: Run, point: Point) -> dict:
     except peers.Absent as reason:
         run.absent[COMPILED] = str(reason)
         return {}
+
+
+def measure_compiled(run: Run, point: Point) -> None:
+    """Time the chain under torch.compile beside the whole call."""
+    inputs = cases.make_logits(point, run.device)
+    gate = cases.make_gate(point, run.device)
+    routes = {OURS: gate.route} | compiled_chain(run, point)
+    calls = right_ones(run, point, {name: over(inputs, f) for name, f in routes.items()}, gate)
+    if COMPILED not in calls:
+        return
+    beside = f"{OURS}, beside the compiled chain"
+    seconds = run.rounds(point, {beside: calls[OURS], COMPILED: calls[COMPILED]})
+    ratios = report.find(run.ratios, **dataclasses.asdict(point))
+    if ratios is not None and COMPILED in seconds:
+        ratios["compiled_over_ours"] = bench.ratio(seconds[COMPILED], seconds[beside])
 
 
 def right_ones(run: Run, point: Point, calls: dict[str, list], gate) -> dict[str, list]:
@@ -291,9 +321,8 @@ def ratios_of(seconds: dict[str, list[float]]) -> dict[str, object]:
     if alone:
         best = min(alone, key=lambda name: statistics.median(alone[name]))
         found |= {"over_routing_only": bench.ratio(ours, alone[best]), "routing_only": best}
-    for key, name in (("chain_over_ours", CHAIN), ("compiled_over_ours", COMPILED)):
-        if name in seconds:
-            found[key] = bench.ratio(seconds[name], ours)
+    if CHAIN in seconds:
+        found["chain_over_ours"] = bench.ratio(seconds[CHAIN], ours)
     return found
 
 
@@ -464,11 +493,21 @@ def measure_all(run: Run, points: list[Point], quick: bool) -> None:
         point = Point(T, *router)
         if T in tokens and router in chosen and (run.on_cuda or T * width <= 2**18):
             run.attempt(f"with the projection, {point}", measure_projected, point, width)
+    sizes = [point for point in points if run.on_cuda or point.T * point.E <= CPU_CELLS]
+    measure_points(run, [point for point in sizes if cases.is_first(point)])
+    for point in sizes:  # not before: a compilation can outlast the time that is left
+        if point.is_base and (point.T, point.router) in COMPILED_AT:
+            run.attempt(f"{COMPILED} at {point}", measure_compiled, point)
+    measure_points(run, [point for point in sizes if not cases.is_first(point)])
+    run.not_measured += [
+        f"{point}: too large for the reference path" for point in points if point not in sizes
+    ]
+
+
+def measure_points(run: Run, points: list[Point]) -> None:
+    """Measure points of the grid."""
     for point in tqdm(points, desc="points", disable=None):
-        if not run.on_cuda and point.T * point.E > CPU_CELLS:
-            run.not_measured.append(f"{point}: too large for the reference path")
-        else:
-            run.attempt(point, measure, point)
+        run.attempt(point, measure, point)
 
 
 def content_of(run: Run, about: dict, copy_bytes_per_s: float | None) -> dict:
@@ -498,15 +537,20 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     points = parse(options, options.quick, device.type == "cuda")
+    # before the conditions, which hold the clocks: an idle GPU's are low
+    copy_bytes_per_s = bench.copy_bytes_per_s(device) if device.type == "cuda" else None
     about = bench.conditions(
         device, logits=str(cases.DTYPE).removeprefix("torch."), quick=options.quick,
         policies=", ".join(f"{name} {policy}" for name, policy in cases.POLICIES.items()),
         max_policy_tokens="raised to T (64 by default: larger calls route exactly)",
         full_grid=options.full, max_seconds=options.max_seconds,
     )  # fmt: skip
-    run = Run(device, QUICK if options.quick else Effort(), options.peers, options.max_seconds)
-    copy_bytes_per_s = bench.copy_bytes_per_s(device) if run.on_cuda else None
-    measure_all(run, points, options.quick)
+    effort = ON_CUDA if device.type == "cuda" else Effort()
+    run = Run(device, QUICK if options.quick else effort, options.peers, options.max_seconds)
+    try:
+        measure_all(run, points, options.quick)
+    except KeyboardInterrupt:  # asked to end: with what there is
+        run.not_measured.append("interrupted: the rest of the points")
     content = content_of(run, about, copy_bytes_per_s)
     text = report.text_of(content)
     print(f"\n{text}")

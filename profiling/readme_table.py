@@ -230,8 +230,8 @@ def of_gpu(folder: Path) -> str:
         if value and not isinstance(value, dict)
     )
     parts = [
-        f"On {route['conditions']['device']}. Graph replay: device time; eager: the host's, per call; "
-        "latency: with a wait in every call.",
+        f"On {route['conditions']['device']}. Graph replay: device time, means of up to 100 calls; "
+        "eager: the host's, per call; latency: with a wait in every call.",
         markdown(["the seed's target", "wanted", *CLOCKS, "from"], map(seed_line, seeds(route))),
         markdown(["to be shown", "wanted", "measured", ""], map(target_line, route["targets"])),
     ]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from test_benchmarks import CONDITIONS, PROFILING, run
 
 TESTS = Path(__file__).parent
 POINT = {"T", "E", "K", "policy", "hits", "routing"}
+P99 = "route, p99 (of graph replays: of means)"
+LEAST = "eager call over the least launch, direct"
 TAILS = {"mean", "p20", "p50", "p80", "p90", "p99"}
 
 
@@ -53,7 +56,7 @@ def test_route_on_the_cpu(tmp_path):
     assert base["chain_over_ours"]["median"] > 0 and "over_empty" not in base
 
     targets = {line["target"]: line for line in content["seed_targets"]}
-    assert targets["route, p99"]["graph replay"] is None  # no GPU here
+    assert targets[P99]["graph replay"] is None  # no GPU here
     assert targets["route, median"]["latency"] > 0
     assert targets["hit rate"]["figure"] > 70 and "quality.json" in targets["hit rate"]["from"]
     assert [row["original_ns"] for row in content["original_router"]] == [110, 110]
@@ -101,7 +104,12 @@ _peers.Chain.__call__ = lambda self, logits: (right(self, logits)[0] * 1.01, rig
 def test_refuses_to_time_what_is_wrong(script, prelude, message, tmp_path):
     done = run(script, tmp_path / "out.json", prelude)
     assert done.returncode == 1 and message in done.stderr, done.stderr
-    assert not list(tmp_path.iterdir())
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert all("is wrong at" in reason for reason in content["failed"])
+    timed = {row["what"].split(",")[0] for row in content["rows"]}
+    assert message.split(",")[0].removesuffix(" is wrong") not in timed
+    text = (tmp_path / "out.md").read_text(encoding="utf-8")
+    assert all(reason in text for reason in content["failed"])
 
 
 # -- in this process
@@ -312,6 +320,22 @@ def test_the_kernel_is_itself_again(kernels):
     assert route.launch is whole
 
 
+def test_what_faded_before_the_rows_that_are_compared(profiling):
+    cases = profiling.route_cases
+    point = cases.Point(4096, 64, 1, policy="off")
+    logits_TE = torch.randn(4096, 64, dtype=torch.bfloat16)
+    logits_TE[:, 0] = -100
+    logits_TE[0, 0] = 100  # once, long ago
+    gate = cases.make_gate(point, torch.device("cpu"))
+    got = cases.reference(logits_TE, gate)
+    gate.__dict__["state"] = got.state
+    assert gate.affinity[0] > 0
+    assert cases.differs_from_reference((got.weights, got.ids), gate, logits_TE) is None
+    gate.state.affinity_LE[0, 0] = 1e-3
+    found = cases.differs_from_reference((got.weights, got.ids), gate, logits_TE)
+    assert found == "another affinity"
+
+
 def test_stage_costs_by_hand(profiling):
     us = {
         "routing": 2.0, "affinity": 2.25, "counters": 2.5, "requests": 2.75, "bonus": 3.0,
@@ -346,7 +370,8 @@ def test_a_point_on_the_path_of_cuda(profiling, kernels, bench_run, monkeypatch)
     (ratios,) = bench_run.ratios
     for name in ("over_empty", "over_routing_only", "chain_over_ours"):
         assert ratios[name]["median"] > 0
-    assert ratios["eager_over_launch"] > 0 and ratios["routing_only"] in bench.ROUTING_ONLY
+    assert ratios["eager_over_launch"] > 0 and ratios["eager_over_triton_call"] > 0
+    assert ratios["routing_only"] in bench.ROUTING_ONLY
     timed = {row["what"] for row in bench_run.rows if row["clock"] == "graph replay"}
     assert timed == {"moe-gpu", "empty kernel", *bench.ROUTING_ONLY[:2], "PyTorch chain", names[2]}
     assert {row["clock"] for row in bench_run.rows} == {"graph replay", "cold", "eager", "latency"}
@@ -362,7 +387,29 @@ def test_what_is_out_of_time_says_so(profiling, bench_run, monkeypatch):
     bench.measure_all(bench_run, [bench.Point(1, 8, 2)], quick=True)
     assert not bench_run.rows
     assert {line.rpartition(": ")[2] for line in bench_run.not_measured} == {"out of time"}
-    assert len(bench_run.not_measured) == 3  # its stages, its projection, the point
+    assert len(bench_run.not_measured) == 4  # stages, projection, the point, the compiled chain
+
+
+def stay(seconds):
+    time.sleep(seconds)
+
+
+def test_compilers_end_when_their_time_is_up(profiling, capsys):
+    start_s = time.perf_counter()
+    profiling.route_cases.compile_in_processes(stay, [(60.0,)], max_seconds=0.5)
+    assert time.perf_counter() - start_s < 30
+    assert "out of time" in capsys.readouterr().out
+
+
+def test_the_compiled_chain_beside_the_call(profiling, kernels, bench_run, monkeypatch):
+    bench, point = profiling.bench_route, profiling.route_cases.Point(4, 8, 2)
+    bench.measure_compiled(bench_run, point)
+    assert not bench_run.rows and "quick run" in bench_run.absent[bench.COMPILED]
+    bench_run.ratios.append(dataclasses.asdict(point))
+    chain = bench.make_chain(point, bench_run.device, lists=False)
+    monkeypatch.setattr(bench, "compiled_chain", lambda *_: {bench.COMPILED: chain})
+    bench.measure_compiled(bench_run, point)
+    assert len(bench_run.rows) == 2 and bench_run.ratios[0]["compiled_over_ours"]["median"] > 0
 
 
 def test_what_breaks_costs_itself_only(profiling, bench_run):
@@ -374,8 +421,8 @@ def test_what_breaks_costs_itself_only(profiling, bench_run):
     bench_run.attempt("c", lambda run: run.rows.append("measured"))
     assert bench_run.failed == ["a: ValueError: no graph"] and bench_run.rows == ["measured"]
     assert bench_run.not_measured == ["b: out of memory"]
-    with pytest.raises(SystemExit):
-        bench_run.attempt("d", breaks, SystemExit("moe-gpu is wrong"))
+    bench_run.attempt("d", breaks, SystemExit("moe-gpu is wrong"))
+    assert bench_run.failed[1:] == ["moe-gpu is wrong"]
 
 
 def test_a_whole_run_on_the_path_of_cuda(profiling, kernels, bench_run, monkeypatch):
@@ -389,7 +436,7 @@ def test_a_whole_run_on_the_path_of_cuda(profiling, kernels, bench_run, monkeypa
     figures = {line["target"]: line["figure"] for line in content["targets"]}
     for name in (
         "over empty, T=1, (8, 2), budget", "chain over ours, the least of all points",
-        "eager call over the least launch", "eager call, p99, us",
+        LEAST, "eager call over the least launch, kernel[grid](x)", "eager call, p99, us",
         "affinity, counters and requests, T <= 64, the most, us",
     ):  # fmt: skip
         assert figures[name] is not None, name
@@ -696,7 +743,7 @@ def test_targets_and_bandwidth_by_hand(profiling):
     assert not report.bandwidths(rows, "moe-gpu", None)
 
     seeds = {line["target"]: line for line in report.seed_targets(rows, "moe-gpu")}
-    assert seeds["route, p99"]["graph replay"] == 9 and seeds["route, p99"]["eager"] == 30
+    assert seeds[P99]["graph replay"] == 9 and seeds[P99]["eager"] == 30
     assert seeds["calls/s"]["eager"] == pytest.approx(1e6 / 6)
     assert seeds["route, mean"]["latency"] is None
 
@@ -713,5 +760,5 @@ def test_targets_and_bandwidth_by_hand(profiling):
     assert found["over empty, T=1, (8, 2), off"] is None
     assert found["chain over ours, the least of all points"] == 7
     assert found["of the copy's bandwidth, T=1048576, the least, off"] == pytest.approx(0.5)
-    assert found["eager call, p99, us"] == 30 and found["eager call over the least launch"] == 1.4
+    assert found["eager call, p99, us"] == 30 and found[LEAST] == 1.4
     assert found["affinity, counters and requests, T <= 64, the most, us"] == 0.5

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -122,6 +123,22 @@ def test_decode(tmp_path):
         assert reason in text
 
 
+def test_bytes_that_whole_modules_move(bench_decode, monkeypatch):
+    """By construction, whether or not the logits were looked at before."""
+    monkeypatch.setattr(bench_decode, "dispatch", lambda *_: None)
+    cpu = torch.device("cpu")
+    sizes = bench_decode.SMALL | {"hidden_size": 64, "intermediate_size": 32, "vocab_size": 50}
+    stock = bench_decode.bench.random_mixtral(cpu, torch.float32, **sizes)
+    text_T = torch.randint(50, (bench_decode.PROMPT + bench_decode.FEW,))
+    run = bench_decode.dispatched(stock, text_T, cpu)
+    with torch.no_grad():
+        run.logits()
+        for _ in range(2):
+            run.token_s()
+    experts = stock.model.layers[1].mlp.experts
+    assert [moved for moved, _ in run.found] == [sum(p.nbytes for p in experts.parameters())] * 2
+
+
 WRONG_EXPERTS = """
 from moe_gpu.huggingface import experts
 mix = experts._mix
@@ -150,6 +167,14 @@ def test_refuses_to_time_what_is_wrong(script, prelude, message, tmp_path):
     done = run(script, tmp_path / "out.json", prelude, options)
     assert done.returncode == 1 and message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def bench_decode(monkeypatch):
+    monkeypatch.syspath_prepend(PROFILING)
+    import bench_decode
+
+    return bench_decode
 
 
 @pytest.fixture

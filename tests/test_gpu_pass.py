@@ -290,8 +290,8 @@ def test_tests_are_counted_though_they_are_cut_short(gpu_pass, tmp_path):
         [*command, "--rootdir", tmp_path, tmp_path], cwd=tmp_path, env=environment,
         capture_output=True, timeout=60,
     )  # fmt: skip
-    counts, *failures, skips = gpu_pass.suite_figures(tmp_path)
-    assert counts == "2 failed, 1 passed, 1 skipped"
+    counts, cut, *failures, skips = gpu_pass.suite_figures(tmp_path)
+    assert counts == "2 failed, 1 passed, 1 skipped" and cut == "1 of 5 did not run"
     assert failures[0].startswith("FAILED test_few.py::test_b: AssertionError: really")
     assert "test_d" in failures[1] and "set-up" in failures[1]
     assert "not here" in skips

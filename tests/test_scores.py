@@ -308,3 +308,10 @@ def test_refusals():
     refuse(ValueError, "no meaning", score_rule=MIXER, correction_bias=torch.zeros(8))
     refuse(TypeError, "two tensors", out=[torch.empty(3, 2)])
     refuse(TypeError, "two tensors", out=(None, None))
+
+
+def test_numbers_of_a_rule_are_floats():
+    """The kernel is compiled for their type."""
+    rule = ScoreRule(scaling_factor=2, softcap=30, jitter_eps=0)
+    for value in (rule.scaling_factor, rule.softcap, rule.jitter_eps):
+        assert type(value) is float
