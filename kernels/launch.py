@@ -103,14 +103,12 @@ def launch(
     known = _compiled.get(kind)
     is_plain = contiguous and _is_plain(tensors)
     if known is not None and is_plain:
-        _, run, function, metadata, constants = known
-        index = device.index
-        if index == driver.active.get_current_device():
-            stream = driver.active.get_current_stream(index)
-            run(
-                programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants
-            )
-            return
+        if device.index == driver.active.get_current_device():
+            _run(known, programs, device.index, arguments)
+        else:  # a guard costs microseconds
+            with torch.cuda.device_of(logits_TE):
+                _run(known, programs, device.index, arguments)
+        return
     constants = {
         "E": E, "K": top_k, "J": protect, "RULE": rule, "SCORE": score,
         "RENORMALIZE": renormalize, "CAPPED": softcap > 0,
@@ -126,6 +124,12 @@ def launch(
         run = kernel.run  # loads the binary, if it has to
         values = tuple(constants.values())
         _compiled[kind] = kernel, run, kernel.function, kernel.packed_metadata, values
+
+
+def _run(known, programs, index, arguments) -> None:
+    _, run, function, metadata, constants = known
+    stream = driver.active.get_current_stream(index)
+    run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
 
 
 def _is_plain(tensors) -> bool:

@@ -48,9 +48,11 @@ class Driver:
         load_binary = staticmethod(lambda *args: (1, 2, 32, 0, 1024))
         get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
 
+    current = None
+
     def get_current_device(self):
-        """No index."""
-        return None
+        """No index, as of the tensors."""
+        return self.current
 
     def get_current_stream(self, device):
         """Any handle."""
@@ -110,7 +112,7 @@ def measure() -> dict:
 
     torch.set_num_threads(1)
     route.route_path = lambda device: "triton"  # CPU tensors, but the kernel's path
-    E, K = 64, 6
+    E, K, kernel = 64, 6, launch.route_kernel
     policy = moe_gpu.QualityBudget(0.05)
     gate = moe_gpu.MoEGate(None, E, K, policy=policy).eval()
     logits_TE = torch.randn(1, E, dtype=torch.bfloat16)
@@ -136,6 +138,11 @@ def measure() -> dict:
             lambda: (launch._compiled.clear(), gate.route(logits_TE, out=out)), 40
         )
         launch._compiled.update(known)
+
+        # tensors of another device than the current one go past the door too
+        Driver.current, launch.route_kernel = 1, None
+        found["same_elsewhere"] = same(front, launched(lambda: gate.route(logits_TE, out=out)))
+        Driver.current, launch.route_kernel = None, kernel
 
         # a pointer that is not aligned is another kernel to Triton
         behind = torch.randn(E + 1, dtype=torch.bfloat16)[1:].reshape(1, E)

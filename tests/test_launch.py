@@ -29,6 +29,7 @@ def found(tmp_path_factory):
 
 def test_a_second_call_launches_what_the_first_did(found):
     assert found["same"] and found["same_again"] and found["kinds"] == 1
+    assert found["same_elsewhere"]  # on another device than the current one
 
 
 def test_what_triton_would_compile_anew_goes_through_its_door(found):
