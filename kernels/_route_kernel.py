@@ -85,13 +85,14 @@ _RECORD_TAIL = tl.constexpr(layout.RECORD_TAIL)
 
 @triton.jit
 def _load_tile(
-    logits_ptr, stride_lt, stride_le, block, T, offs_e, E: tl.constexpr, BLOCK_T: tl.constexpr
+    logits_ptr, stride_lt, stride_le, block, T, offs_e,
+    E: tl.constexpr, BLOCK_T: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     offs_t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_te = (offs_t < T)[:, None] & (offs_e < E)[None, :]
     rows_t1 = offs_t.to(tl.int64)[:, None]
     ptrs = logits_ptr + rows_t1 * stride_lt + offs_e[None, :].to(tl.int64) * stride_le
-    if offs_e.shape[0] > 128:
+    if CONTIGUOUS and offs_e.shape[0] > 128:
         # four columns a thread, as in the state's vectors: or rows change layout to meet them
         ptrs = tl.max_contiguous(ptrs, [1, 4])
     return tl.load(ptrs, mask=mask_te, other=0.0)
@@ -332,7 +333,7 @@ def route_kernel(
     record_ptr += layer * RECORD
 
     # all that a call reads, before anything is computed: one memory round trip, not several
-    logits_te = _load_tile(logits_ptr, stride_lt, stride_le, pid, T, offs_e, E, BLOCK_T)
+    logits_te = _load_tile(logits_ptr, stride_lt, stride_le, pid, T, offs_e, E, BLOCK_T, CONTIGUOUS)
     slot_e = tl.load(slot_of_ptr + layer * E + offs_e, mask=mask_e, other=0)
     HAS_BIAS: tl.constexpr = bias_ptr is not None
     bias_e = slot_e
@@ -415,7 +416,9 @@ def route_kernel(
         for block in range(pid, tl.cdiv(T, BLOCK_T), tl.num_programs(0)):
             here_te = logits_te
             ahead = block + tl.num_programs(0)  # arrives while this tile is routed
-            logits_te = _load_tile(logits_ptr, stride_lt, stride_le, ahead, T, offs_e, E, BLOCK_T)
+            logits_te = _load_tile(
+                logits_ptr, stride_lt, stride_le, ahead, T, offs_e, E, BLOCK_T, CONTIGUOUS
+            )
             demand_te, executed_te, moved_t, unavoidable, added_m = _route_tile(
                 here_te, weights_ptr, stride_wt, ids_ptr, stride_it, activations_ptr,
                 block, T, num_valid, strength, missing_e, bias_e, offs_e,

@@ -43,6 +43,7 @@ class Variant:
     renormalize: bool = True
     affinity_from: int = SERVED
     aging: int = SUM
+    contiguous: bool = True
     num_valid: bool = False
     ids: str = "i64"
     weights: str = "fp32"
@@ -94,6 +95,7 @@ VARIANTS = [
     Variant(8, 2, 1, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 64, rule=BONUS, protect=0, affinity_from=EXECUTED),
     Variant(8, 2, 1, ids="i32", weights="bf16"),
+    *[Variant(E, K, 1, contiguous=False) for E, K in [(8, 2), (256, 8)]],
     *[Variant(E, K, 64, aging=aging) for E, K in [(8, 2), (128, 8)] for aging in (STEPS, LAST)],
 ]
 
@@ -177,8 +179,8 @@ def compile_binary(variant: Variant, target: str):
         "CONTROL": v.control, "METERS": v.meters,
         **({} if v.control else {"control_ptr": None, "control_state_ptr": None}),
         **({} if v.meters else {"meters_ptr": None}),
-        "CONTIGUOUS": True, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_K": columns_of(BLOCK_T, v.K), "ONE_TILE": v.T <= BLOCK_T,
-        "stride_le": 1, **({} if v.num_valid else {"num_valid_ptr": None}),
+        "CONTIGUOUS": v.contiguous, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_K": columns_of(BLOCK_T, v.K), "ONE_TILE": v.T <= BLOCK_T,
+        **({"stride_le": 1} if v.contiguous else {}), **({} if v.num_valid else {"num_valid_ptr": None}),
         # as the launcher specialises contiguous tensors: 1 is a constant
         **({"stride_lt": 1} if v.E == 1 else {}),
         **({"stride_wt": 1, "stride_it": 1} if v.K == 1 else {}),
@@ -200,6 +202,7 @@ def compile_binary(variant: Variant, target: str):
     # what the launcher knows of fresh tensors: pointers are 16-byte aligned, some strides too
     whole = {"stride_lt"} if v.E % 16 == 0 else set()
     whole |= {"stride_wt", "stride_it"} if v.K % 16 == 0 else set()
+    whole |= set() if v.contiguous else {"stride_le"}  # such as a column-major tensor's
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(route_kernel.arg_names)

@@ -47,6 +47,22 @@ def test_additions_compile_without_spills(variants):
     check("sm_90", indices)
 
 
+def test_strided_logits_are_not_loaded_as_if_they_were_contiguous():
+    """The interpreter cannot tell: a hint of contiguity means nothing there."""
+    code = (
+        "import aot\n"
+        "binary, _ = aot.compile_binary(aot.Variant(256, 8, 1, contiguous=False), 'sm_90')\n"
+        "print(binary.asm['ptx'])\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(Path(aot.__file__).parent), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+    # 256 bfloat16 over 32 threads, each loaded by itself
+    assert child.stdout.count("ld.global.b16") == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_everything_compiles_without_spills(target):
