@@ -163,8 +163,9 @@ def _route_tile(
         masses = masses_of(demand_keys, demand_codes, mass_te, code_te, top_t, K, SPLIT)
 
     if RULE != EXACT and J < K:
-        strength_t = tl.zeros([BLOCK_T], tl.float32) + tl.minimum(strength, FLOAT32_MAX)
+        strength_t = tl.zeros([BLOCK_T], tl.float32) + strength
         may_t = valid_t & (strength_t > 0.0)  # a NaN, zero or negative strength never swaps
+        strength_t = tl.minimum(strength_t, FLOAT32_MAX)  # makes a number of a NaN
         if RULE == MASS or RULE == OUTPUT:
             some_t = demand_codes[J] & 1
             for k in tl.static_range(J + 1, K):
@@ -233,19 +234,18 @@ def _route_tile(
         x_te, every_te, mass_te, code_te, keys, codes, key_tk, masses, top_t, offs_k,
         scaling_factor, far_eps, K, SCORE, SPLIT, RENORMALIZE,
     )  # fmt: skip
-    row, is_row = column(rows_t), column(offs_t) < T
-    weight_tk = tl.where(column(offs_t) < num_valid, weight_tk, 0.0).to(
-        weights_ptr.dtype.element_ty
-    )
+    row, is_row, is_valid = column(rows_t), column(offs_t) < T, column(offs_t) < num_valid
+    weight_tk = tl.where(is_valid, weight_tk, 0.0).to(weights_ptr.dtype.element_ty)
     id_tk = (code_tk >> 1).to(ids_ptr.dtype.element_ty)
-    mask_tk = is_row & (offs_k < K)[None, :]
+    # not the conjunction: the interpreter of Triton 3.9 takes no mask made with a scalar's
+    mask_tk = offs_k[None, :] < tl.where(is_row, K, 0)
     weights_ptr += row * stride_wt + offs_k[None, :]
     tl.store(weights_ptr, weight_tk, mask=mask_tk)
     ids_ptr += row * stride_it + offs_k[None, :]
     tl.store(ids_ptr, id_tk, mask=mask_tk)
     if ONE_TILE and BLOCK_T == 1:
         one_tk = tl.full(id_tk.shape, 1, tl.int64)
-        counts_tk = mask_tk & (column(offs_t) < num_valid)
+        counts_tk = offs_k[None, :] < tl.where(is_valid, K, 0)
         tl.atomic_add(activations_ptr + (code_tk >> 1), one_tk, mask=counts_tk, sem="relaxed")
 
     live_te = valid_t[:, None] & mask_e[None, :]

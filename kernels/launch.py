@@ -138,5 +138,6 @@ def _is_plain(tensors) -> bool:
     for tensor in tensors:
         if tensor is not None:
             bits |= tensor.data_ptr()
-    hooks = knobs.runtime.launch_enter_hook
-    return bits % _ALIGNMENT == 0 and not getattr(hooks, "calls", hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    hooks = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    return bits % _ALIGNMENT == 0 and not hooks
