@@ -12,7 +12,8 @@ them of the logits (:mod:`.score_ref`), ``K`` experts to execute and ``J`` of th
 3. Mixing weights come from the unbiased masses of the executed experts. Only finite scores
    weigh; a row with none is uniform.
 4. Affinity ages once per valid token, in token order:
-   ``a = min(a * decay + boost * chosen, max_score)``.
+   ``a = min(a * decay + boost * chosen, max_score)``. A call of several tokens may leave the same to
+   within 2e-6 of ``max(1, max_score)`` in another way (:class:`Aging`).
 5. A controller sets the strength of the next call (:mod:`.control_ref`), and meters count what the
    swaps changed (:mod:`.meters_ref`); both only where they are asked for and a rule could swap.
 

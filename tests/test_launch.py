@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import moe_gpu  # noqa: E402
 from moe_gpu.kernels.launch import columns_of, tile_of  # noqa: E402
 
 PROFILING = Path(__file__).parents[1] / "profiling"
@@ -60,7 +61,6 @@ def test_a_tile_fits_the_chunk_and_the_registers(E, K):
 def test_what_a_call_takes_is_one_allocation_an_output():
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    import moe_gpu
     from moe_gpu.kernels import route
 
     names = []
@@ -79,3 +79,69 @@ def test_what_a_call_takes_is_one_allocation_an_output():
     assert names.count("launch") == 1
     assert [name for name in names if "empty" in name] == ["aten.empty.memory_format"] * 2
     assert len(names) == 4, names  # and the randn above
+
+
+class Door:
+    """Stands in for the kernel at Triton's front door, and for the driver behind it."""
+
+    def __init__(self):
+        self.through, self.past = 0, 0
+        self.run, self.function, self.packed_metadata = self.straight, 1, ()
+
+    def __getitem__(self, grid):
+        return self.whole
+
+    def whole(self, *args, **kwargs):
+        self.through += 1
+        return self
+
+    def straight(self, *args):
+        self.past += 1
+
+    def get_current_device(self):
+        return None  # the index of the CPU
+
+    def get_current_stream(self, device):
+        return 0
+
+
+GATE = {"num_experts": 8, "top_k": 2, "policy": moe_gpu.QualityBudget(0.05)}
+OTHERS = {
+    "router": ({"num_experts": 16}, {}), "top k": ({"top_k": 3}, {}),
+    "rule": ({"policy": moe_gpu.MassBudget(0.05)}, {}),
+    "protected": ({"policy": moe_gpu.QualityBudget(0.05, protect=0)}, {}),
+    "weights": ({"renormalize": False}, {}), "score": ({"score": "sigmoid"}, {}),
+    "groups": ({"num_groups": 4, "top_groups": 2}, {}), "soft cap": ({"softcap": 30.0}, {}),
+    "bias": ({"correction_bias": True}, {}), "meters": ({"meters": True}, {}),
+    "control": ({"policy": moe_gpu.QualityTarget(0.02)}, {}),
+    "ageing": ({"boost": 0.01}, {}), "choices that age": ({"affinity_from": "executed"}, {}),
+    "weights' dtype": ({"weights_dtype": torch.bfloat16}, {}),
+    "tokens": ({}, {"T": 4}), "logits' dtype": ({}, {"dtype": torch.bfloat16}),
+    "padding": ({}, {"num_valid": torch.tensor(1, dtype=torch.int32)}),
+    "large call": ({"max_policy_tokens": 0}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_only_calls_of_one_kind_share_a_kernel(other, monkeypatch):
+    from types import SimpleNamespace
+
+    from moe_gpu.kernels import launch, route
+
+    door = Door()
+    monkeypatch.setattr(launch, "route_kernel", door)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=door))
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(route, "route_path", lambda device: "triton")
+
+    def call(T=1, dtype=torch.float32, num_valid=None, **gate):
+        gate = moe_gpu.MoEGate(None, **(GATE | gate))
+        gate.route(torch.zeros(T, gate.num_experts, dtype=dtype), num_valid=num_valid)
+        return door.through, door.past
+
+    assert call() == (1, 0)
+    assert call() == (1, 1)  # another gate of the same kind
+    options, arguments = OTHERS[other]
+    assert call(**options, **arguments) == (2, 1)
+    assert call(**options, **arguments) == (2, 2)
+    assert call() == (2, 3)
